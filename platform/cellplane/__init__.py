@@ -1,0 +1,46 @@
+"""cellplane: pre-train, fine-tune, version and serve cell language models, from AnnData to endpoint.
+
+Names below are loaded on first use, so that `import cellplane` costs nothing. Importing it before torch also makes
+OpenMP threads sleep instead of spin while they wait: spinning threads make everything that shares their cores slow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CellBatch": "cellplane.cells",
+    "CellEmbeddingPipeline": "cellplane.pipelines.embedding",
+    "CellTypeAnnotationPipeline": "cellplane.pipelines.annotation",
+    "CellplaneError": "cellplane.errors",
+    "Client": "cellplane.client",
+    "GeneVocabulary": "cellplane.genes",
+    "Predictor": "cellplane.inference",
+}
+
+__all__ = [
+    "CellBatch",
+    "CellEmbeddingPipeline",
+    "CellTypeAnnotationPipeline",
+    "CellplaneError",
+    "Client",
+    "GeneVocabulary",
+    "Predictor",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cellplane' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

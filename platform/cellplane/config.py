@@ -1,0 +1,158 @@
+"""From YAML to a checked, frozen configuration, with one clear error when a key or value is wrong.
+
+Each room owns the classes of its own section; this module only knows how to find a file, merge overrides and turn
+pydantic's findings into a sentence that names the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from cellplane.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration section: frozen, no unknown keys.
+
+    ``references`` names the sections that may be given as the name of a shipped file: {"model": "model"} lets
+    `model: tiny` stand for the content of configs/model/tiny.yaml.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    references: ClassVar[Mapping[str, str]] = {}
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def home() -> Path:
+    """The folder everything is written to: $CELLPLANE_HOME, else ./.cellplane (absolute)."""
+    return Path(os.environ.get("CELLPLANE_HOME", ".cellplane")).absolute()
+
+
+def configs_root() -> Path:
+    """The shipped configs/: in the installed package, else at the repository's root (editable installs skip data folders)."""
+    try:
+        installed = Path(str(resources.files("cellplane.configs")))
+        if (installed / "model").is_dir():
+            return installed
+    except ModuleNotFoundError:
+        pass
+    return Path(__file__).resolve().parents[2] / "configs"
+
+
+def find_config(name: str | Path, kind: str) -> Path:
+    """The file meant by a path or by the name of a shipped config of this kind; ConfigError lists the shipped ones."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = configs_root() / kind
+    if (candidate := shipped / f"{path.name.removesuffix('.yaml')}.yaml").is_file() and path.parent.name in ("", kind):
+        return candidate
+    known = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise ConfigError(f"no config file {str(name)!r}, and none of that name is shipped for {kind}: {', '.join(known) or 'none'}")
+
+
+def load_config(cls: type[ConfigT], name: str | Path | None, kind: str, overrides: Sequence[str] = ()) -> ConfigT:
+    """The validated configuration of a file (or of defaults when ``name`` is None) with `a.b=c` overrides applied.
+
+    Raises ConfigError for a missing file, bad YAML, an unknown key (the nearest valid one is named) or a bad value.
+    """
+    source = "defaults" if name is None else str(find_config(name, kind))
+    raw = {} if name is None else read_yaml(Path(source))
+    try:
+        for section, section_kind in cls.references.items():
+            if isinstance(raw.get(section), str):
+                raw[section] = read_yaml(find_config(raw[section], section_kind))
+        for override in overrides:
+            key, _, text = override.partition("=")
+            if key in cls.references and text and not text.startswith(("{", "[")):
+                raw[key] = read_yaml(find_config(text, cls.references[key]))
+        rest = [item for item in overrides if not _is_reference(item, cls.references)]
+        if bad := [item for item in rest if "=" not in item]:
+            raise ConfigError(f"override {bad[0]!r} is not of the form key.path=value")
+        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(rest))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    return validate(cls, values, source)
+
+
+def _is_reference(override: str, references: Mapping[str, str]) -> bool:
+    key, _, text = override.partition("=")
+    return key in references and bool(text) and not text.startswith(("{", "["))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds; ConfigError with line and column when it is not one. `1e-4` is a number."""
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found a {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def validate(cls: type[ConfigT], values: object, source: str) -> ConfigT:
+    """``values`` as a ``cls``; ConfigError with one line per finding."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_finding(cls, item) for item in error.errors())) from None
+
+
+def _finding(cls: type[Config], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(cls, item["loc"][:-1])
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
+        return f"unknown key {place!r}{hint}"
+    return f"{place}: {item['msg']}, found {item['input']!r}"
+
+
+def _known_keys(cls: type[Any], location: Sequence[Any]) -> list[str]:
+    """Keys of the section at ``location``, read from the JSON schema: works for pydantic models and dataclasses alike."""
+    schema = TypeAdapter(cls).json_schema()
+    node = schema
+    for part in location:
+        node = _resolve(schema, node).get("properties", {}).get(str(part), node)
+    return sorted(_resolve(schema, node).get("properties", {}))
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    for option in (node, *node.get("anyOf", ()), *node.get("allOf", ())):
+        if "$ref" in option:
+            found: dict[str, Any] = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+            return found
+    return node
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The resolved configuration as JSON-ready values."""
+    plain: dict[str, Any] = config.model_dump(mode="json")
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML: this one text reproduces the run."""
+    text: str = yaml.safe_dump(to_plain(config), sort_keys=False)
+    return text
+
+
+def fingerprint(config: Config) -> str:
+    """sha256 of the resolved configuration."""
+    return hashlib.sha256(json.dumps(to_plain(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,221 @@
+"""How cells become sentences, and sentences become the micro-batches of a step.
+
+A sentence is a set of cells of one sample that attend to one another. The micro-batch is the atom of training: which
+sentences a step holds, in which order and with which seeds, is a function of (sentence sizes, seed, step) alone. The
+number of workers only deals micro-batches out, so one worker and many see the same global batches, and a resumed run
+continues exactly (SHARDS.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cellplane.cells import CellBatch, keyed_seed
+from cellplane.config import Config
+from cellplane.errors import DataError
+
+
+class SentenceStore(Protocol):
+    """Cells grouped into sentences, wherever they lie; a sentence is named by its position."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Cells of every sentence, [n_sentences]."""
+
+    def read(self, sentences: Sequence[int]) -> CellBatch:
+        """These sentences packed in the order asked for; `sentence_seed` is 0 throughout."""
+
+
+def contexts(keys: Sequence[str] | None, n_cells: int, max_cells: int, seed: int = 0) -> list[NDArray[np.int64]]:
+    """The rows of every sentence, each ascending: one key per sentence, at most ``max_cells`` cells.
+
+    A longer key is shuffled by (seed, key) and split evenly, so that each part is a random sample of it. ``keys`` [n]
+    names each cell's sample; None makes all cells one sample. The same input gives the same sentences, always.
+    """
+    if max_cells < 1:
+        raise DataError(f"max_cells is {max_cells}; a sentence needs room for at least one cell")
+    groups: dict[str, list[int]] = {}
+    for row in range(n_cells):
+        groups.setdefault("" if keys is None else str(keys[row]), []).append(row)
+    sentences: list[NDArray[np.int64]] = []
+    for key, members in groups.items():
+        rows = np.asarray(members, dtype=np.int64)
+        parts = -(-len(rows) // max_cells)
+        if parts > 1:
+            rows = np.random.default_rng(keyed_seed(seed, key)).permutation(rows)
+        sentences.extend(np.sort(part) for part in np.array_split(rows, parts))
+    return sentences
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """n cells in memory, columns already vocabulary positions.
+
+    ``crow`` [n+1], ``gene`` [nnz], ``value`` [nnz] are CSR; ``panel`` [G] bool says which genes were measured;
+    ``batch`` [n] str, ``coordinates`` [n, 2] micrometres and ``labels`` [n] (-1 = unlabelled) may be None.
+    """
+
+    crow: NDArray[np.int64]
+    gene: NDArray[np.int64]
+    value: NDArray[np.float32]
+    panel: NDArray[np.bool_]
+    batch: NDArray[np.object_] | None = None
+    coordinates: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.crow) - 1
+
+    def rows(self, rows: NDArray[np.int64]) -> CellTable:
+        """These cells only, in this order."""
+        lengths = np.diff(self.crow)[rows]
+        crow = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        entry = np.arange(crow[-1]) - np.repeat(crow[:-1] - self.crow[:-1][rows], lengths)
+        optional = {name: column[rows] for name in ("batch", "coordinates", "labels") if (column := getattr(self, name)) is not None}
+        return replace(self, crow=crow, gene=self.gene[entry], value=self.value[entry], **optional)
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """A SentenceStore over a CellTable; ``sentences`` holds the rows of each sentence."""
+
+    table: CellTable
+    sentences: Sequence[NDArray[np.int64]]
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Cells of every sentence."""
+        return np.array([len(rows) for rows in self.sentences], dtype=np.int64)
+
+    @cached_property
+    def _panels(self) -> torch.Tensor:
+        return torch.from_numpy(self.table.panel)[None, :]
+
+    def read(self, sentences: Sequence[int]) -> CellBatch:
+        """These sentences packed; ``row`` is each cell's row in the table."""
+        wanted = [self.sentences[index] for index in sentences]
+        rows = np.concatenate(wanted) if wanted else np.zeros(0, dtype=np.int64)
+        part = self.table.rows(rows)
+        cells = len(rows)
+        unknown = torch.full((cells,), -1, dtype=torch.int64)
+        coordinates = part.coordinates if part.coordinates is not None else np.full((cells, 2), np.nan, dtype=np.float32)
+        return CellBatch(
+            crow=torch.from_numpy(part.crow),
+            gene=torch.from_numpy(part.gene),
+            value=torch.from_numpy(part.value),
+            panels=self._panels,
+            panel_index=torch.zeros(cells, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, *np.cumsum([len(rows) for rows in wanted])], dtype=torch.int64),
+            sentence_seed=torch.zeros(len(wanted), dtype=torch.int64),
+            batch_index=unknown,
+            dataset_index=unknown.clone(),
+            platform_index=unknown.clone(),
+            coordinates=torch.from_numpy(coordinates),
+            row=torch.from_numpy(rows),
+            labels=None if part.labels is None else torch.from_numpy(part.labels),
+        )
+
+
+def memory_store(table: CellTable, max_cells: int) -> MemoryStore:
+    """The table's cells as sentences of their own batch, at most ``max_cells`` each (see `contexts`)."""
+    keys = None if table.batch is None else [str(key) for key in table.batch]
+    return MemoryStore(table, contexts(keys, table.n_cells, max_cells))
+
+
+class PlanConfig(Config):
+    """How sentences are packed into steps."""
+
+    seed: int = 0
+    """Keys the order of sentences, the masks and every other random choice."""
+    cells_per_micro_batch: int = 2048
+    """Sentences are packed until a micro-batch would exceed this many cells; a longer sentence stands alone."""
+    micro_batches_per_step: int = 2
+    """Micro-batches of one optimizer step, dealt round robin to the workers."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sentences that go through the network together, each with its seed; ``key`` seeds what concerns them all."""
+
+    sentences: tuple[int, ...]
+    seeds: tuple[int, ...]
+    key: int
+
+    def read(self, store: SentenceStore) -> CellBatch:
+        """The packed cells, sentence seeds set."""
+        return replace(store.read(self.sentences), sentence_seed=torch.tensor(self.seeds, dtype=torch.int64))
+
+
+class StepPlan:
+    """The micro-batches of every step: every sentence once per epoch, in an order keyed by (seed, epoch).
+
+    A pure function of (sizes, config, step): it has no state but caches, so any worker can ask for any step.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], config: PlanConfig) -> None:
+        if len(sizes) == 0:
+            raise DataError("there are no sentences to train on; convert some cells first")
+        self.sizes, self.config = sizes, config
+        self._first_step = [0]  # first global step of every epoch seen so far
+        self._cached: tuple[int, list[list[tuple[int, ...]]]] = (-1, [])
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """(epoch, first step of that epoch) of a global step, both counted from 0."""
+        while self._first_step[-1] <= step:
+            epoch = len(self._first_step) - 1
+            self._first_step.append(self._first_step[-1] + len(self._epoch(epoch)))
+        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        return epoch, self._first_step[epoch]
+
+    def at(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of this global step (0, 1, ...), in order."""
+        epoch, first = self.epoch_of(step)
+        return [
+            MicroBatch(
+                sentences=sentences,
+                seeds=tuple(keyed_seed(self.config.seed, "sentence", epoch, sentence) for sentence in sentences),
+                key=keyed_seed(self.config.seed, "micro_batch", step, index),
+            )
+            for index, sentences in enumerate(self._epoch(epoch)[step - first])
+        ]
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        """Number of steps in this epoch."""
+        return len(self._epoch(epoch))
+
+    def _epoch(self, epoch: int) -> list[list[tuple[int, ...]]]:
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._pack(epoch))
+        return self._cached[1]
+
+    def _pack(self, epoch: int) -> list[list[tuple[int, ...]]]:
+        order = np.random.default_rng(keyed_seed(self.config.seed, "epoch", epoch)).permutation(len(self.sizes))
+        packed: list[tuple[int, ...]] = []
+        current: list[int] = []
+        cells = 0
+        for sentence in order.tolist():
+            size = int(self.sizes[sentence])
+            if current and cells + size > self.config.cells_per_micro_batch:
+                packed.append(tuple(current))
+                current, cells = [], 0
+            current.append(sentence)
+            cells += size
+        packed.append(tuple(current))
+        width = self.config.micro_batches_per_step
+        return [packed[start : start + width] for start in range(0, len(packed), width)]
+
+
+def deal(micro_batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[MicroBatch | None]:
+    """What rank runs: micro-batches i with i mod world_size = rank; None fills up, so that every rank runs equally many."""
+    rounds = -(-len(micro_batches) // world_size)
+    own = [micro_batches[index] for index in range(rank, len(micro_batches), world_size)]
+    return [*own, *([None] * (rounds - len(own)))]

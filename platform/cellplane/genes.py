@@ -1,0 +1,129 @@
+"""Which genes a model or a shard knows, in which order, and how a data set's genes find their place in it.
+
+A cell language model reads genes by position, so a wrong order is a wrong answer without an error. Everything that
+carries gene positions therefore carries the vocabulary's fingerprint too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellplane.errors import VocabularyError
+
+ENSEMBL_PATTERN = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")  # ENSG00000141510.18, ENSMUSG00000059552
+MINIMUM_SHARED_GENES = 10  # below this an answer is noise (PROTOCOLS 4)
+
+
+def namespace_of(gene_ids: Sequence[str]) -> str:
+    """The naming scheme most ids follow: ``ensembl_human``, ``ensembl_mouse``, ``ensembl`` or ``symbol``."""
+    ensembl = [gene for gene in gene_ids if ENSEMBL_PATTERN.match(gene)]
+    if 2 * len(ensembl) <= len(gene_ids):
+        return "symbol"
+    if sum(gene.startswith("ENSG") for gene in ensembl) * 2 > len(ensembl):
+        return "ensembl_human"
+    if sum(gene.startswith("ENSMUSG") for gene in ensembl) * 2 > len(ensembl):
+        return "ensembl_mouse"
+    return "ensembl"
+
+
+def without_version(gene_id: str) -> str:
+    """The id without the version suffix of an Ensembl id; symbols such as RP11-34P13.7 stay as they are."""
+    return gene_id.split(".", 1)[0] if ENSEMBL_PATTERN.match(gene_id) else gene_id
+
+
+@dataclass(frozen=True)
+class GeneVocabulary:
+    """The ordered genes a model knows.
+
+    ``gene_ids`` are unique; ``namespace`` says how they are named (see `namespace_of`). Raises VocabularyError on
+    an empty or repeated list.
+    """
+
+    gene_ids: tuple[str, ...]
+    namespace: str
+
+    def __post_init__(self) -> None:
+        if not self.gene_ids:
+            raise VocabularyError("a gene vocabulary needs at least one gene")
+        if len(self._positions) != len(self.gene_ids):
+            repeated = [gene for gene, times in Counter(self.gene_ids).items() if times > 1]
+            raise VocabularyError(f"{len(repeated)} genes stand more than once in the vocabulary, e.g. {repeated[:5]}; make them unique first")
+
+    @classmethod
+    def from_ids(cls, gene_ids: Iterable[str]) -> GeneVocabulary:
+        """A vocabulary of these ids in this order, Ensembl versions stripped, its namespace recognised from them."""
+        ids = tuple(without_version(str(gene)) for gene in gene_ids)
+        return cls(gene_ids=ids, namespace=namespace_of(ids))
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {gene: position for position, gene in enumerate(self.gene_ids)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over namespace and ordered ids: two vocabularies are the same exactly when this is."""
+        return hashlib.sha256("\n".join((self.namespace, *self.gene_ids)).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.gene_ids)
+
+    def index(self, gene_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Position of each id, shape [n] int64; -1 where the vocabulary does not have it."""
+        return np.array([self._positions.get(without_version(str(gene)), -1) for gene in gene_ids], dtype=np.int64)
+
+    def align(self, gene_ids: Sequence[str]) -> GeneAlignment:
+        """How these columns map into the vocabulary; raises VocabularyError when fewer than 10 (or all, if fewer exist) are shared."""
+        positions = self.index(gene_ids)
+        alignment = GeneAlignment(positions=positions, n_vocabulary=len(self), source_namespace=namespace_of(list(gene_ids)))
+        needed = min(MINIMUM_SHARED_GENES, len(self))
+        if alignment.n_shared < needed:
+            raise VocabularyError(
+                f"{alignment.n_shared} of {len(positions)} genes are in the model's vocabulary ({len(self)} genes, {self.namespace}, e.g. "
+                f"{list(self.gene_ids[:2])}), at least {needed} are needed; yours look like {alignment.source_namespace}, e.g. "
+                f"{[str(gene) for gene in gene_ids[:2]]}: use the same naming scheme and species as the model"
+            )
+        shared = positions[positions >= 0]
+        if len(np.unique(shared)) != len(shared):
+            raise VocabularyError(
+                f"{len(shared) - len(np.unique(shared))} genes of the data fall on the same vocabulary gene once version suffixes are "
+                "stripped; sum or drop the repeated columns first"
+            )
+        return alignment
+
+
+@dataclass(frozen=True)
+class GeneAlignment:
+    """Where each column of a data set goes: ``positions`` [n] int64, -1 = not in the vocabulary and left out."""
+
+    positions: NDArray[np.int64]
+    n_vocabulary: int
+    source_namespace: str
+
+    @property
+    def n_shared(self) -> int:
+        """Columns that have a place in the vocabulary."""
+        return int((self.positions >= 0).sum())
+
+    @property
+    def overlap(self) -> float:
+        """Share of the data's own genes that the vocabulary knows, 0 to 1."""
+        return self.n_shared / max(len(self.positions), 1)
+
+    def panel(self) -> NDArray[np.bool_]:
+        """[G] bool: the vocabulary genes that this data set measured. Absent is not zero."""
+        panel = np.zeros(self.n_vocabulary, dtype=bool)
+        panel[self.positions[self.positions >= 0]] = True
+        return panel
+
+    def report(self) -> dict[str, int | float]:
+        """Counts for logs, answers and `uns`: genes shared, dropped, the overlap."""
+        dropped = len(self.positions) - self.n_shared
+        return {"n_genes": len(self.positions), "n_shared": self.n_shared, "n_dropped": dropped, "overlap": self.overlap}

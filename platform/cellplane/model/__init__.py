@@ -1,0 +1,1 @@
+"""CellPLM: embedder, encoder over cells, latent space, decoder. Needs torch and nothing else."""

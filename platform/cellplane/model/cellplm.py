@@ -1,0 +1,75 @@
+"""CellPLM: cells are the tokens, a tissue sample is the sentence.
+
+counts -> embedder -> encoder over the cells of each sentence -> latent space -> decoder and / or head.
+Wen et al., "CellPLM: Pre-training of Cell Language Model Beyond Single Cells", ICLR 2024.
+"""
+
+# C cells, G genes, D width, Z latent
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cellplane.cells import CellBatch
+from cellplane.model.config import ModelConfig
+from cellplane.model.decoder import NegativeBinomialDecoder
+from cellplane.model.embedder import Embedder
+from cellplane.model.encoder import Encoder
+from cellplane.model.heads import AnnotationHead
+from cellplane.model.latent import LATENTS
+from cellplane.model.losses import SentenceLoss, annotation_loss, pretraining_loss
+from cellplane.model.masking import Mask
+from cellplane.model.noise import Noise
+
+
+@dataclass(frozen=True)
+class CellPLMOutput:
+    """``latent`` [C, Z]; ``logits`` [C, n_classes] when there is a head; ``loss`` when something was to be learned."""
+
+    latent: Tensor
+    logits: Tensor | None = None
+    loss: SentenceLoss | None = None
+
+
+class CellPLM(nn.Module):
+    """The network; parameters only for what its config uses, so that nothing trainable is without gradient."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.n_genes < 1:
+            raise ValueError("a network needs the size of its gene vocabulary: set n_genes")
+        self.config = config
+        self.embedder = Embedder(config)
+        self.encoder = Encoder(config)
+        self.latent = LATENTS[config.latent](config)
+        self.decoder = NegativeBinomialDecoder(config) if config.decoder == "negative_binomial" else None
+        self.head = AnnotationHead(config) if config.n_classes else None
+
+    def forward(self, batch: CellBatch, mask: Mask | None = None, noise: Noise | None = None) -> CellPLMOutput:
+        """Embeds the cells; with a mask and a decoder also scores how well hidden counts are recovered.
+
+        With a head and labels the loss is annotation's. Deterministic without ``noise``.
+        """
+        hidden_CD = self.encoder(self.embedder(batch, mask, noise), batch.cu_seqlens, noise)
+        latent = self.latent(hidden_CD, noise)
+        if self.head is not None:
+            logits = self.head(latent.z_CZ, noise)
+            return CellPLMOutput(latent.z_CZ, logits, annotation_loss(batch, logits) if batch.labels is not None else None)
+        if mask is None or self.decoder is None:
+            return CellPLMOutput(latent.z_CZ)
+        decoded = self.decoder(latent.z_CZ, batch, noise)
+        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, decoded, self.config))
+
+    def n_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def new_model(config: ModelConfig, seed: int) -> CellPLM:
+    """A freshly initialised network that depends on (config, seed) alone; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CellPLM(config)

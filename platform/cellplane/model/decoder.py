@@ -1,0 +1,66 @@
+"""From the embedding back to counts, told which batch and data set a cell came from.
+
+Because the decoder is told the batch, z can forget it: this is what removes batch effects (as in scVI). Source:
+CellPLM (Wen et al., ICLR 2024), `nbmlp`.
+"""
+
+# C cells, G genes, Z latent
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellplane.cells import CellBatch
+from cellplane.model.config import ModelConfig
+from cellplane.model.embedder import NORM_GROUPS
+from cellplane.model.noise import Noise, dropout
+
+MEAN_RANGE, DISPERSION_RANGE = (1e-5, 1e6), (1e-4, 1e4)  # clamps of the released code
+
+
+class Covariate(nn.Module):
+    """A table of rows, one per batch (or data set), and what stands in for an unknown one."""
+
+    def __init__(self, rows: int, width: int, unseen: Literal["mean", "sum"]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, width))
+        self.unseen = unseen
+        self.activation, self.norm = nn.PReLU(), nn.GroupNorm(NORM_GROUPS, width)
+
+    def forward(self, index_C: Tensor) -> Tensor:
+        """[C, width]; index -1 takes the mean (or, as released, the sum) of all rows."""
+        unknown = self.table.mean(0) if self.unseen == "mean" else self.table.sum(0)
+        rows = F.embedding(index_C.clamp(min=0), self.table)
+        rows = torch.where((index_C < 0)[:, None], unknown, rows)
+        out: Tensor = self.norm(self.activation(rows))
+        return out
+
+
+class NegativeBinomialDecoder(nn.Module):
+    """z and covariates -> mean [C, G] and dispersion [G] of a negative binomial."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.dropout = config.dropout
+        self.linear, self.activation = nn.Linear(config.latent_width, width), nn.PReLU()
+        self.norm = nn.GroupNorm(NORM_GROUPS, width)
+        self.batch = Covariate(config.n_batches, width, config.unseen_batch) if config.n_batches else None
+        self.dataset = Covariate(config.n_datasets, width, config.unseen_batch) if config.n_datasets else None
+        self.bottleneck = nn.Linear(width, config.decoder_bottleneck)
+        self.mean = nn.Linear(config.decoder_bottleneck, config.n_genes)
+        self.log_dispersion_G = nn.Parameter(torch.randn(config.n_genes))
+
+    def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        """Unscaled mean [C, G] and dispersion [G], both clamped to the released ranges."""
+        u = self.norm(dropout(self.activation(self.linear(z_CZ)), self.dropout, noise, "decoder"))
+        if self.batch is not None:
+            u = u + self.batch(batch.batch_index)
+        if self.dataset is not None:
+            u = u + self.dataset(batch.dataset_index)
+        mean_CG = self.mean(F.relu(self.bottleneck(u))).exp().clamp(*MEAN_RANGE)
+        return mean_CG, self.log_dispersion_G.exp().clamp(*DISPERSION_RANGE)

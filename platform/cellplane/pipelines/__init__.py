@@ -1,0 +1,1 @@
+"""The tasks as scikit-learn-like estimators on AnnData, with baselines, metrics and plots."""

@@ -1,0 +1,1 @@
+"""One readable training loop, its engines, checkpoints and its launch on Ray Train."""

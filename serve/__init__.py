@@ -1,0 +1,1 @@
+"""The Ray Serve application: versioned models behind HTTP."""

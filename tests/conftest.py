@@ -1,0 +1,35 @@
+"""Fixtures every room shares: where shared real data lies, and one Ray cluster for all tests that need one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cellplane  # noqa: F401  (sets the OpenMP waiting policy before torch is imported anywhere)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real evaluation data beside the checkout; tests that need it skip when it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the real data sets in ../shared/data, which are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster of two CPUs for the whole test session."""
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    with tempfile.TemporaryDirectory(prefix="cp-", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=True, configure_logging=False)
+        yield
+        ray.shutdown()
