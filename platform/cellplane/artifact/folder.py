@@ -1,0 +1,218 @@
+"""The model folder: everything a trained model is, readable without cellplane and without pickle.
+
+    manifest.json         format version, lineage, and size + sha256 of every other file; written last
+    config.json           the network's configuration, its task, classes and context size
+    vocabulary.json       gene ids in order
+    weights.safetensors   every tensor of the network, loaded strictly
+    README.md             the model card
+
+No format detects a flipped bit by itself, so nothing is used before its sha256 was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from cellplane.errors import DataError, FileFormatError, IntegrityError, StorageError
+from cellplane.genes import GeneVocabulary
+from cellplane.model.config import ModelConfig
+
+FORMAT_VERSION = 1
+MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "vocabulary.json", "weights.safetensors", "README.md"
+CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model in memory, as saved: network configuration, weights by name, vocabulary, classes, where it came from.
+
+    ``task`` is pretrain or annotate; ``max_cells`` the largest sentence it is used with; ``lineage`` names its data,
+    its base model and its run; ``card`` is Markdown.
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    vocabulary: GeneVocabulary
+    task: str
+    max_cells: int
+    classes: tuple[str, ...] = ()
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    card: str = ""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_sha256(self) -> str:
+        """Identity of configuration, vocabulary and weights; empty before the model was saved."""
+        return str(self.manifest.get("model_sha256", ""))
+
+
+def save_model(model: ModelFolder, path: Path) -> Path:
+    """Writes the folder in one move (a reader sees all of it or nothing), replacing an older one; returns ``path``."""
+    path = Path(path).absolute()
+    described = {"model": model.config.as_dict(), "task": model.task, "classes": list(model.classes), "max_cells": model.max_cells}
+    genes = {"namespace": model.vocabulary.namespace, "gene_ids": list(model.vocabulary.gene_ids)}
+    files = {
+        CONFIG: _json(described),
+        VOCABULARY: _json(genes),
+        WEIGHTS: save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}),
+        CARD: model.card.encode(),
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": "cellplane-model",
+        "task": model.task,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "vocabulary_fingerprint": model.vocabulary.fingerprint,
+        "model_sha256": _identity({name: hashlib.sha256(files[name]).hexdigest() for name in CONTENT}),
+        "lineage": dict(model.lineage),
+        "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+    }
+    write_folder(path, {**files, MANIFEST: _json(manifest)})
+    return path
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Files in order into a staging folder, then one rename; an older folder of that name is replaced.
+
+    Raises StorageError, with nothing left behind, when the disk is full or not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            for name, data in files.items():
+                with open(staging / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            staging.chmod(0o755)
+            old = staging.with_name(staging.name + ".old")
+            if path.exists():
+                path.rename(old)
+            staging.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        existing = next(parent for parent in path.parents if parent.exists())
+        free = shutil.disk_usage(existing).free
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {free:,} bytes are free there") from error
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+    """The folder's manifest; FileFormatError when there is none, when it is of another kind, or of a newer format."""
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise FileFormatError(f"{path} is not a {kind} folder: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_bytes())
+        found, version = manifest["kind"], int(manifest["format_version"])
+        if not isinstance(manifest["files"], dict):
+            raise TypeError("files")
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{file} is damaged: {error}; restore the folder from where it came") from error
+    if found != kind:
+        raise FileFormatError(f"{file} describes a {found}, expected a {kind}")
+    if version > FORMAT_VERSION:
+        raise FileFormatError(f"{file} has format {version}, this cellplane reads up to {FORMAT_VERSION}; upgrade cellplane")
+    return dict(manifest)
+
+
+def read_verified(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and content of every file it lists, each checked against its size and sha256.
+
+    Raises IntegrityError that names the file, what was found and what was expected.
+    """
+    manifest = read_manifest(path, kind)
+    contents: dict[str, bytes] = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name:
+            raise IntegrityError(f"{path}: the manifest names {name!r}, which is not a plain file name")
+        file = Path(path) / name
+        if not file.is_file() or file.is_symlink():
+            raise IntegrityError(f"{file} is missing; the manifest expects {expected['bytes']} bytes")
+        contents[name] = file.read_bytes()
+        if len(contents[name]) != expected["bytes"]:
+            raise IntegrityError(f"{file} has {len(contents[name])} bytes, the manifest expects {expected['bytes']}")
+        if (found := hashlib.sha256(contents[name]).hexdigest()) != expected["sha256"]:
+            raise IntegrityError(f"{file} is damaged: sha256 {found[:16]}..., the manifest expects {expected['sha256'][:16]}...")
+    return manifest, contents
+
+
+def verify_model(path: Path) -> dict[str, Any]:
+    """Checks every file of a model folder and returns its manifest; IntegrityError or FileFormatError otherwise."""
+    return _read_model_files(path)[0]
+
+
+def _read_model_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    manifest, contents = read_verified(path, "cellplane-model")
+    if missing := [name for name in CONTENT if name not in contents]:
+        raise IntegrityError(f"{path}: the manifest does not list {', '.join(missing)}")
+    if _identity({name: manifest["files"][name]["sha256"] for name in CONTENT}) != manifest["model_sha256"]:
+        raise IntegrityError(f"{path}: the manifest's model_sha256 does not match its files")
+    return manifest, contents
+
+
+def load_model(path: Path) -> ModelFolder:
+    """The verified model of a folder; raises IntegrityError, FileFormatError or DataError when anything does not fit."""
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"no model folder at {path}")
+    manifest, contents = _read_model_files(path)
+    try:
+        described, genes = json.loads(contents[CONFIG]), json.loads(contents[VOCABULARY])
+        config = ModelConfig(**described["model"])
+        weights = load_safetensors(contents[WEIGHTS])
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FileFormatError(f"{path}: not a readable model: {error}") from error
+    vocabulary = GeneVocabulary(gene_ids=tuple(genes["gene_ids"]), namespace=genes["namespace"])
+    if vocabulary.fingerprint != manifest["vocabulary_fingerprint"] or len(vocabulary) != config.n_genes:
+        raise IntegrityError(f"{path}: {VOCABULARY} is not the vocabulary the model was trained with")
+    return ModelFolder(
+        config=config,
+        weights=weights,
+        vocabulary=vocabulary,
+        task=described["task"],
+        max_cells=described["max_cells"],
+        classes=tuple(described["classes"]),
+        lineage=manifest["lineage"],
+        card=contents.get(CARD, b"").decode(),
+        manifest=manifest,
+    )
+
+
+def _identity(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name}:{digests[name]}\n" for name in CONTENT).encode()).hexdigest()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def describe(model: ModelFolder) -> dict[str, Any]:
+    """What a listing or an endpoint tells about a model, JSON-ready."""
+    config = asdict(model.config)
+    return {
+        "task": model.task,
+        "classes": list(model.classes),
+        "n_genes": len(model.vocabulary),
+        "vocabulary_fingerprint": model.vocabulary.fingerprint,
+        "max_cells": model.max_cells,
+        "model_sha256": model.model_sha256,
+        "latent_width": config["latent_width"],
+        "lineage": dict(model.lineage),
+    }

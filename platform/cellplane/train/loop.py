@@ -1,0 +1,76 @@
+"""The training loop: plan, prepare, step, write down, keep. The same for every task, engine and world size.
+
+The loop is a function of (data, configuration, seed): it holds no random state, so a run that was killed and goes on
+from a checkpoint takes exactly the steps it would have taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cellplane.data.sentences import StepPlan, deal
+from cellplane.tracking.journal import Journal
+from cellplane.train.checkpoint import Checkpoints
+from cellplane.train.config import CheckpointConfig
+from cellplane.train.engine import Engine, StepResult
+from cellplane.train.objective import Objective, work_of
+
+log = logging.getLogger(__name__)
+
+AfterStep = Callable[[int, StepResult], bool]  # (steps done, result) -> whether to stop
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a run writes: checkpoints (all ranks take part, rank 0 writes) and the journal (rank 0 alone; None elsewhere)."""
+
+    checkpoints: Checkpoints
+    config: CheckpointConfig
+    identity: str
+    journal: Journal | None = None
+
+
+def train(engine: Engine, objective: Objective, plan: StepPlan, steps: range, keeping: Keeping | None = None, after_step: AfterStep | None = None) -> int:
+    """Runs the steps in ``steps`` (its start = steps already done) and returns how many steps are done in all.
+
+    ``after_step`` sees every result on every rank and may end the run early. Raises TrainingError on a loss that is not
+    finite, StorageError when a checkpoint cannot be written.
+    """
+    weights = objective.weights()
+    for step in steps:
+        began = time.perf_counter()
+        planned = plan.at(step)
+        works, total = work_of(objective, planned, deal(planned, engine.rank, engine.world_size))
+        result = engine.step(works, total, step)
+        done = step + 1
+        if keeping is not None and keeping.journal is not None:
+            cells = float(sum(weights[list(micro_batch.sentences)].sum() for micro_batch in planned))
+            keeping.journal.append(done, _metrics(result, cells / (time.perf_counter() - began)))
+        stop = after_step is not None and after_step(done, result)
+        if keeping is not None and (stop or done == steps.stop or done % keeping.config.every_steps == 0):
+            keep(engine, keeping, done)
+        if stop:
+            return done
+    return steps.stop
+
+
+def keep(engine: Engine, keeping: Keeping, done: int) -> None:
+    """Writes a checkpoint: every rank gathers, rank 0 writes."""
+    state = engine.state(done, keeping.identity)
+    if engine.rank == 0:
+        path = keeping.checkpoints.save(state)
+        log.info("kept %s", path.name)
+
+
+def _metrics(result: StepResult, cells_per_s: float) -> dict[str, float]:
+    parts = {f"train/{name}": value for name, value in result.parts.items()}
+    return {
+        "train/loss": result.loss,
+        **parts,
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.lr,
+        "train/cells_per_s": cells_per_s,
+    }
