@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -44,12 +43,9 @@ def home() -> Path:
 
 def configs_root() -> Path:
     """The shipped configs/: in the installed package, else at the repository's root (editable installs skip data folders)."""
-    try:
-        installed = Path(str(resources.files("cellplane.configs")))
-        if (installed / "model").is_dir():
-            return installed
-    except ModuleNotFoundError:
-        pass
+    installed = Path(__file__).resolve().parent / "configs"
+    if (installed / "model").is_dir():
+        return installed
     return Path(__file__).resolve().parents[2] / "configs"
 
 

@@ -55,7 +55,7 @@ class GeneVocabulary:
             raise VocabularyError("a gene vocabulary needs at least one gene")
         if len(self._positions) != len(self.gene_ids):
             repeated = [gene for gene, times in Counter(self.gene_ids).items() if times > 1]
-            raise VocabularyError(f"{len(repeated)} genes stand more than once in the vocabulary, e.g. {repeated[:5]}; make them unique first")
+            raise VocabularyError(f"{len(repeated)} genes stand more than once in the vocabulary, e.g. {repeated[:5]}; make them unique")
 
     @classmethod
     def from_ids(cls, gene_ids: Iterable[str]) -> GeneVocabulary:

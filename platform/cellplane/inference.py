@@ -7,19 +7,23 @@ answer depends on the sentence it is seen in; sentences are built deterministica
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder, describe, load_model
 from cellplane.cells import CellBatch
-from cellplane.data.sentences import PlanConfig, SentenceStore
+from cellplane.data.config import DataKeys
+from cellplane.data.sentences import MemoryStore, PlanConfig, SentenceStore, memory_store
+from cellplane.data.sources import AnnData, cell_table
 from cellplane.errors import DataError, IntegrityError
+from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,26 @@ class Predictor:
     def load(cls, folder: Path, device: str = "cpu") -> Predictor:
         """The model of a folder, checksums verified; see `artifact.folder.load_model` for the errors."""
         return cls(load_model(folder), device)
+
+    @property
+    def vocabulary(self) -> GeneVocabulary:
+        """The genes the model knows."""
+        return self.folder.vocabulary
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The cell types the model names; empty for one that only embeds."""
+        return self.folder.classes
+
+    @property
+    def task(self) -> str:
+        """What the model was trained for: pretrain or annotate."""
+        return self.folder.task
+
+    @property
+    def max_cells(self) -> int:
+        """Largest sentence."""
+        return self.folder.max_cells
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -120,3 +144,42 @@ def build_network(folder: ModelFolder) -> CellPLM:
         )
     network.load_state_dict(dict(folder.weights), strict=True)
     return network
+
+
+@dataclass(frozen=True)
+class Read:
+    """An AnnData as sentences, and what to report about reading it."""
+
+    store: MemoryStore
+    report: Mapping[str, Any]
+
+
+def read_cells(adata: AnnData, vocabulary: GeneVocabulary, keys: DataKeys, max_cells: int, classes: tuple[str, ...] | None = None) -> Read:
+    """The cells as sentences of at most ``max_cells`` by ``keys.batch_key``; labels only when ``classes`` are given."""
+    table, report = cell_table(adata, vocabulary, keys, classes)
+    return Read(memory_store(table, max_cells), report)
+
+
+def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
+    """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
+    batch = keys.batch_key if keys.batch_key in data.obs else None
+    spatial = keys.spatial_key if keys.spatial_key in data.obsm else None
+    return keys.model_copy(update={"labels_key": None, "batch_key": batch, "spatial_key": spatial})
+
+
+def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
+    """Writes labels (categorical), confidence and probabilities into ``data`` under our usual keys."""
+    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=list(annotation.classes))
+    data.obs[f"{key_added}_confidence"] = annotation.confidence
+    data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
+
+
+def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into `uns["cellplm"]`: model, context policy, where counts and genes came from."""
+    return {
+        "model_sha256": folder.model_sha256,
+        "lineage": dict(folder.lineage),
+        "context": f"own: sentences of at most {folder.max_cells} cells of one batch, dealt by seed 0",
+        "dtype": "float32",
+        **{key: value for key, value in report.items() if value is not None},
+    }

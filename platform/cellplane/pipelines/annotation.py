@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +22,18 @@ from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.config import fingerprint
-from cellplane.data.config import DataKeys
 from cellplane.data.sentences import MemoryStore, PlanConfig, StepPlan, memory_store
-from cellplane.data.sources import cell_table, column, find_counts
+from cellplane.data.sources import AnnData, cell_table, column, find_counts
 from cellplane.errors import ConfigError, DataError
 from cellplane.genes import GeneVocabulary
-from cellplane.inference import Annotation, Predictor, build_network
+from cellplane.inference import Annotation, Predictor, build_network, query_keys, read_cells, record, write_annotation
 from cellplane.model.cellplm import CellPLM, new_model
-from cellplane.pipelines.base import as_config, open_model, read_cells, record, stratified_split
+from cellplane.pipelines.base import as_config, open_model, stratified_split
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
 from cellplane.train.engine import StepResult, TorchEngine
 from cellplane.train.loop import train
 from cellplane.train.objective import MaskedObjective
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +160,8 @@ class CellTypeAnnotationPipeline:
 
     def _network(self, n_genes: int, n_classes: int) -> CellPLM:
         config = self.config.model if self.base is None else self.base.config
-        head = {"n_genes": n_genes, "n_classes": n_classes, "head_dropout": self.config.head_dropout}
-        config = replace(config, latent="ae", decoder="none", n_batches=0, n_datasets=0, **head)
+        config = replace(config, latent="ae", decoder="none", n_genes=n_genes, n_classes=n_classes, n_batches=0, n_datasets=0)
+        config = replace(config, head_dropout=self.config.head_dropout)
         network = new_model(config, self.config.seed)
         if self.base is not None:
             taken = {name: tensor for name, tensor in build_network(self.base).state_dict().items() if name.startswith(TRANSFERRED)}
@@ -240,19 +236,3 @@ def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:
     if len(classes) < 2:
         raise DataError(f"obs[{key!r}] has {len(classes)} cell types ({', '.join(classes)}); at least two are needed to learn from")
     return classes
-
-
-def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
-    """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
-    batch = keys.batch_key if keys.batch_key in data.obs else None
-    spatial = keys.spatial_key if keys.spatial_key in data.obsm else None
-    return keys.model_copy(update={"labels_key": None, "batch_key": batch, "spatial_key": spatial})
-
-
-def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
-    """Writes labels (categorical), confidence and probabilities into ``data`` under our usual keys."""
-    import pandas as pd
-
-    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=list(annotation.classes))
-    data.obs[f"{key_added}_confidence"] = annotation.confidence
-    data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba

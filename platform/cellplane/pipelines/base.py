@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cellplane.artifact.folder import ModelFolder, load_model
 from cellplane.artifact.official import read_official
 from cellplane.config import Config, home, validate
-from cellplane.data.config import DataKeys
-from cellplane.data.sentences import MemoryStore, memory_store
-from cellplane.data.sources import cell_table
 from cellplane.errors import ConfigError, DataError
-from cellplane.genes import GeneVocabulary
 from cellplane.tracking.registry import resolve_model
 
-if TYPE_CHECKING:
-    from anndata import AnnData
-
 OFFICIAL_MAX_CELLS = 4000  # max_batch_size of the released configurations
-
-
-@dataclass(frozen=True)
-class Read:
-    """An AnnData as sentences, and what to report about reading it."""
-
-    store: MemoryStore
-    report: Mapping[str, Any]
 
 
 def open_model(model: str | Path | ModelFolder | None, prefix: str | None, directory: str | Path | None) -> ModelFolder | None:
@@ -62,23 +46,6 @@ def official_model(directory: Path, prefix: str) -> ModelFolder:
         max_cells=OFFICIAL_MAX_CELLS,
         lineage={"source": f"official checkpoint {prefix}"},
     )
-
-
-def read_cells(adata: AnnData, vocabulary: GeneVocabulary, keys: DataKeys, max_cells: int, classes: tuple[str, ...] | None = None) -> Read:
-    """The cells as sentences of at most ``max_cells`` by ``keys.batch_key``; labels only when ``classes`` are given."""
-    table, report = cell_table(adata, vocabulary, keys, classes)
-    return Read(memory_store(table, max_cells), report)
-
-
-def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into `uns["cellplm"]`: model, context policy, where counts and genes came from."""
-    return {
-        "model_sha256": folder.model_sha256,
-        "lineage": dict(folder.lineage),
-        "context": f"own: sentences of at most {folder.max_cells} cells of one batch, dealt by seed 0",
-        "dtype": "float32",
-        **{key: value for key, value in report.items() if value is not None},
-    }
 
 
 def as_config(cls: type[Any], config: Config | Mapping[str, Any] | None, default: Any) -> Any:

@@ -49,6 +49,8 @@ class FinetuneConfig(AnnotationConfig):
     """What is learned."""
     data: str = ""
     """h5ad with labelled training cells."""
+    test: str | None = None
+    """h5ad of held-out labelled cells: scored beside the baselines when training is done."""
     base_model: str | None = None
     """Model folder or models:/NAME@ALIAS to start from; None trains from scratch."""
     run: str = "finetune"
@@ -80,20 +82,3 @@ class EvaluateConfig(Config):
     """MLflow server or database, only to find a registered model."""
 
 
-class PredictConfig(Config):
-    """Annotating or embedding the cells of h5ad files."""
-
-    kind: Literal["predict"] = "predict"
-    """What this file configures."""
-    task: Literal["annotate", "embed"] = "annotate"
-    """What is asked of the model."""
-    model: str = ""
-    """Model folder or models:/NAME@ALIAS."""
-    inputs: tuple[str, ...] = ()
-    """h5ad files."""
-    out: str = ""
-    """Folder of the answers: one h5ad of the same name for each input."""
-    keys: DataKeys = DataKeys()
-    """Where counts, batches and coordinates lie."""
-    tracking_uri: str | None = None
-    """MLflow server or database, only to find a registered model."""

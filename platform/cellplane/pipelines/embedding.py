@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,10 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.data.config import DataKeys
-from cellplane.data.sources import column
+from cellplane.data.sources import AnnData, column
 from cellplane.errors import ConfigError
-from cellplane.inference import Predictor
-from cellplane.pipelines.annotation import query_keys
-from cellplane.pipelines.base import as_config, open_model, read_cells, record
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from cellplane.inference import Predictor, query_keys, read_cells, record
+from cellplane.pipelines.base import as_config, open_model
 
 
 class CellEmbeddingPipeline:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, create_model, model_validator
 
 from cellplane.config import Config
 from cellplane.data.sentences import PlanConfig
@@ -103,3 +104,18 @@ class PretrainConfig(Config):
     """MLflow server or database; None: $MLFLOW_TRACKING_URI, else a database under $CELLPLANE_HOME."""
     register_as: str | None = None
     """Name in the model registry; None: the model is logged but not registered."""
+
+
+def _model_file() -> type[Config]:
+    hints = get_type_hints(ModelConfig)
+    keys: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(ModelConfig)}
+
+    def check(values: Config) -> Config:
+        ModelConfig(**values.model_dump())
+        return values
+
+    validators: dict[str, Any] = {"check": model_validator(mode="after")(check)}
+    return create_model("ModelFile", __base__=Config, __validators__=validators, **keys)
+
+
+ModelFile = _model_file()  # a file of configs/model: the keys of ModelConfig, checked as a configuration of its own

@@ -54,8 +54,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     embedder = [parameter for name, parameter in named if name.startswith("embedder.")]
     rest = [parameter for name, parameter in named if not name.startswith("embedder.")]
+    if config.embedder_lr_scale == 1.0:
+        return [{"params": rest + embedder, "scale": 1.0}]
     groups = [{"params": rest, "scale": 1.0}, {"params": embedder, "scale": config.embedder_lr_scale}]
-    return [group for group in groups if group["params"]] if config.embedder_lr_scale != 1.0 else [{"params": rest + embedder, "scale": 1.0}]
+    return [group for group in groups if group["params"]]
 
 
 def new_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

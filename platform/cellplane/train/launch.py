@@ -147,12 +147,11 @@ def _fit(config: PretrainConfig, folder: RunFolder) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = config.workers
+    resources = {"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": to_plain(config), "home": str(home())},
-        scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
-        ),
+        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{config.run}-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder.path / "ray"),

@@ -33,7 +33,14 @@ class Keeping:
     journal: Journal | None = None
 
 
-def train(engine: Engine, objective: Objective, plan: StepPlan, steps: range, keeping: Keeping | None = None, after_step: AfterStep | None = None) -> int:
+def train(
+    engine: Engine,
+    objective: Objective,
+    plan: StepPlan,
+    steps: range,
+    keeping: Keeping | None = None,
+    after_step: AfterStep | None = None,
+) -> int:
     """Runs the steps in ``steps`` (its start = steps already done) and returns how many steps are done in all.
 
     ``after_step`` sees every result on every rank and may end the run early. Raises TrainingError on a loss that is not

@@ -1,0 +1,58 @@
+# The commands of this repository; `make` lists them. Everything happens in .venv, which is created when first needed.
+#   PYTHON=python3.12 make venv        another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL make venv          take torch from this package index, e.g. one of CPU-only wheels
+#   make demo ARGS=--keep              options for the command, or for pytest: make fast ARGS="-k shards"
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+STAMP := .venv/.installed
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Threads that wait must sleep: spinning ones make everything that shares their cores slow.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help venv demo test fast check chaos gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## create .venv with everything pinned; instant when nothing changed
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cellplane needs Python 3.11 or newer; found: $$($(PYTHON) --version 2>&1 | head -n 1). Name one: make venv PYTHON=python3.11"; exit 1; }
+	@rm -f $(STAMP)
+	@$(PYTHON) -m venv .venv
+	@echo "installing $(TORCH) (the largest part; TORCH_INDEX=URL takes it from another index)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(TORCH)
+	@echo "installing the other packages of requirements.lock"
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: venv  ## the whole way once, from real cells to a served answer
+	@$(BIN)/cellplane demo $(ARGS)
+
+test: venv  ## every test but chaos and gpu
+	@$(BIN)/python -m pytest -m "not chaos and not gpu" $(ARGS)
+
+fast: venv  ## tests that need no Ray cluster
+	@$(BIN)/python -m pytest -m "not chaos and not gpu and not cluster" $(ARGS)
+
+check: venv  ## lint, types, and the rules of the house
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/house $(ARGS)
+
+chaos: venv  ## tests that kill processes on purpose
+	@$(BIN)/python -m pytest -m chaos $(ARGS)
+
+gpu: venv  ## tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## remove builds and caches; .venv and .cellplane stay
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

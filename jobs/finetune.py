@@ -1,0 +1,9 @@
+"""Fine-tunes an annotator: `python -m jobs.finetune --config configs/finetune/annotate.yaml -o data=...`."""
+
+from __future__ import annotations
+
+from cellplane.cli.main import run_job
+from cellplane.cli.train import finetune_annotate
+
+if __name__ == "__main__":
+    run_job(finetune_annotate)

@@ -1,0 +1,109 @@
+"""Batch inference: the predictor over files, as Ray Data tasks, exactly once and resumable.
+
+Each input becomes one output of the same name, written beside its target and renamed, so a file that is there is
+whole. A second run does only what is missing; a damaged model or an unreadable input names the file and keeps the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cellplane.config import Config, home
+from cellplane.data.config import DataKeys
+from cellplane.data.sources import read_h5ad, write_h5ad
+from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
+from cellplane.inference import Predictor, query_keys, read_cells, record, write_annotation
+from cellplane.tracking.registry import resolve_model
+
+
+class PredictConfig(Config):
+    """Annotating or embedding the cells of h5ad files."""
+
+    kind: Literal["predict"] = "predict"
+    """What this file configures."""
+    task: Literal["annotate", "embed"] = "annotate"
+    """What is asked of the model."""
+    model: str = ""
+    """Model folder or models:/NAME@ALIAS."""
+    inputs: tuple[str, ...] = ()
+    """h5ad files."""
+    out: str = ""
+    """Folder of the answers: one h5ad of the same name for each input."""
+    keys: DataKeys = DataKeys()
+    """Where counts, batches and coordinates lie."""
+    tracking_uri: str | None = None
+    """MLflow server or database, only to find a registered model."""
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """Files written now and found done before, cells of the new ones, and what failed: {input: reason}."""
+
+    written: tuple[Path, ...]
+    reused: tuple[Path, ...]
+    cells: int
+    failed: dict[str, str]
+
+
+def predict_files(config: PredictConfig) -> PredictReport:
+    """Annotates or embeds every input file into `config.out`; needs an initialised Ray.
+
+    Raises ConfigError for missing settings or two inputs of one name, DataError when an input does not exist.
+    """
+    import ray
+    import ray.data
+
+    for name in ("model", "inputs", "out"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
+    inputs = [Path(path) for path in config.inputs]
+    if len({path.name for path in inputs}) != len(inputs):
+        raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+    if not ray.is_initialized():
+        raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
+    model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
+    out = Path(config.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [path for path in inputs if not (out / path.name).is_file()]
+    tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
+    settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
+    rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
+    answers = [json.loads(row["answer"]) for row in rows]
+    return PredictReport(
+        written=tuple(Path(answer["out"]) for answer in answers if answer["error"] is None),
+        reused=tuple(out / path.name for path in inputs if path not in todo),
+        cells=sum(answer["cells"] for answer in answers),
+        failed={answer["input"]: answer["error"] for answer in answers if answer["error"] is not None},
+    )
+
+
+def _predict_file(task: dict[str, Any]) -> dict[str, str]:
+    """One file in a Ray worker; an error of ours comes back as words, so that the other files go on."""
+    os.environ["CELLPLANE_HOME"] = task["home"]
+    try:
+        keys, paths = DataKeys.model_validate_json(task["keys"]), (Path(task["input"]), Path(task["out"]))
+        cells = predict_file(task["task"], Path(task["model"]), keys, paths)
+        error: str | None = None
+    except CellplaneError as problem:
+        cells, error = 0, str(problem)
+    return {"answer": json.dumps({"input": task["input"], "out": task["out"], "cells": cells, "error": error})}
+
+
+def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path]) -> int:
+    """Reads ``paths[0]``, writes it with the answer added to ``paths[1]``; the number of cells."""
+    adata, predictor = read_h5ad(paths[0]), Predictor.load(model)
+    read = read_cells(adata, predictor.vocabulary, query_keys(adata, keys), predictor.max_cells)
+    if task == "annotate":
+        write_annotation(adata, predictor.annotate(read.store))
+    else:
+        adata.obsm["X_cellplm"] = predictor.embed(read.store)
+    adata.uns["cellplm"] = record(predictor.folder, read.report)
+    write_h5ad(adata, paths[1])
+    return int(adata.n_obs)

@@ -1,0 +1,88 @@
+"""What verbs share: their common options, printing results, and showing progress to a person but not to a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", help="Change one key: -o optimizer.lr=1e-4. May be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def given(**values: object) -> list[str]:
+    """Overrides for the options that were given, quoted so that any path survives; `__` in a name stands for a dot."""
+    return [f"{key.replace('__', '.')}={json.dumps(_plain(value))}" for key, value in values.items() if value not in (None, False, [])]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def use_running_stack() -> None:
+    """Records runs at the MLflow of the running local stack, unless the environment names another."""
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return
+    from cellplane.cluster import running
+
+    stack = running()
+    if stack is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = stack.mlflow_uri
+
+
+def answer(values: Mapping[str, Any], as_json: bool) -> None:
+    """Prints a result: `key  value` lines, or one JSON object."""
+    if as_json:
+        typer.echo(json.dumps(values, default=str))
+        return
+    width = max(map(len, values), default=0)
+    for key, value in values.items():
+        typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints aligned columns."""
+    cells = [[str(value) for value in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        typer.echo("  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip())
+
+
+def say(text: str) -> None:
+    """A line about what goes on, kept out of the result on standard output."""
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """A progress bar with the newest loss on a terminal; nothing when standard error is not one."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, metrics: None  # noqa: ARG005
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    note_column = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note_column, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, note="starting")
+
+        def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
+            note = "  ".join(f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in ("train/loss", "val/macro_f1") if key in metrics)
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield show
+
+
+def seconds_since(began: float) -> str:
+    """`12.3 s` since a time.monotonic() moment."""
+    return f"{time.monotonic() - began:.1f} s"

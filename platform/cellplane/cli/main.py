@@ -1,0 +1,98 @@
+"""The `cellplane` command: its verbs, and how errors end.
+
+Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 data invalid, 4 cluster or service unreachable. Heavy libraries
+are imported by the verb that needs them, so that `cellplane --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import cellplane
+from cellplane.cli import data, models, ops, serve, train
+from cellplane.errors import CellplaneError
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+app = typer.Typer(
+    name="cellplane",
+    help="Pre-train, fine-tune, version and serve cell language models, from AnnData to endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
+app.add_typer(ops.config_app, name="config")
+app.add_typer(train.finetune_app, name="finetune")
+app.add_typer(train.evaluate_app, name="evaluate")
+app.add_typer(train.predict_app, name="predict")
+app.command("pretrain")(train.pretrain)
+app.command("serve")(serve.serve)
+app.command("demo")(ops.demo)
+app.command("doctor")(ops.doctor)
+app.command("up")(ops.up)
+app.command("down")(ops.down)
+app.command("status")(ops.status)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cellplane {cellplane.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")] = False,  # noqa: ARG001
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what goes on inside.")] = False,
+) -> None:
+    """Options of every verb."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
+    """Runs one command; every error we know becomes one message and its exit code."""
+    debug = os.environ.get("CELLPLANE_DEBUG") == "1"
+    try:
+        code = command(args=arguments, standalone_mode=False)
+    except CellplaneError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to go on from here", err=True)
+        code = INTERRUPTED
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise  # not a usage error of the command line: a defect, shown whole
+        error.show()
+        code = error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def run_job(verb: Callable[..., None]) -> None:
+    """Entry point of `python -m jobs.NAME`: the same function, options and exit codes as the verb of the command line."""
+    job = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    job.command()(verb)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main(None, job))
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

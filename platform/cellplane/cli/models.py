@@ -1,0 +1,86 @@
+"""`cellplane models`: what the registry holds, which version serves, and whether a folder is intact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cellplane.cli.common import Json, answer, table, use_running_stack
+
+app = typer.Typer(help="List, promote, show and verify models.", no_args_is_help=True)
+TrackingUri = Annotated[str | None, typer.Option(help="Default: $MLFLOW_TRACKING_URI, the running stack or the local one.")]
+
+
+@app.command("list")
+def list_(tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Every registered version and its aliases."""
+    from cellplane.tracking.registry import list_models
+
+    use_running_stack()
+    found = list_models(tracking_uri)
+    if as_json:
+        answer({"models": [{"name": m.name, "version": m.version, "aliases": list(m.aliases), "run_id": m.run_id} for m in found]}, True)
+    elif found:
+        table(["name", "version", "aliases", "run"], [[m.name, m.version, ",".join(m.aliases) or "-", m.run_id or "-"] for m in found])
+    else:
+        typer.echo("no models are registered yet; fine-tune one with -o register_as=NAME")
+
+
+@app.command("promote")
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    version: Annotated[int, typer.Argument(help="Version that becomes champion.")],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Make a version the champion; the one before becomes `previous`."""
+    from cellplane.tracking.registry import promote as move
+
+    use_running_stack()
+    before = move(name, version, tracking_uri)
+    answer({"name": name, "champion": version, "previous": before or "none"}, as_json)
+
+
+@app.command("show")
+def show(
+    model: Annotated[str, typer.Argument(help="Model folder or models:/NAME@ALIAS.")],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """What a model is."""
+    from cellplane.artifact.folder import describe, load_model
+    from cellplane.config import home
+    from cellplane.tracking.registry import resolve_model
+
+    use_running_stack()
+    answer(describe(load_model(resolve_model(model, tracking_uri, home() / "cache").path)), as_json)
+
+
+@app.command("verify")
+def verify(folder: Annotated[Path, typer.Argument(help="Model folder.")], as_json: Json = False) -> None:
+    """Check every file of a model folder against its manifest."""
+    from cellplane.artifact.folder import verify_model
+
+    manifest = verify_model(folder)
+    answer({"verified": str(folder), "files": len(manifest["files"]), "model_sha256": manifest["model_sha256"]}, as_json)
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(help="Folder of the official files.")],
+    prefix: Annotated[str, typer.Argument(help="Name before .config.json and .best.ckpt.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Turn an official CellPLM checkpoint into a model folder."""
+    from dataclasses import replace
+
+    from cellplane.artifact.card import model_card
+    from cellplane.artifact.folder import save_model, verify_model
+    from cellplane.pipelines.base import official_model
+
+    model = official_model(directory, prefix)
+    save_model(replace(model, card=model_card(model)), out)
+    answer({"model": out, "genes": len(model.vocabulary), "model_sha256": verify_model(out)["model_sha256"]}, as_json)

@@ -1,0 +1,134 @@
+"""`cellplane up | down | status | doctor | demo | config`: the local stack and looking around."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellplane.cli.common import ConfigOption, Json, Overrides, answer, say, table
+
+if TYPE_CHECKING:
+    from cellplane.config import Config
+
+config_app = typer.Typer(help="Show configurations, shipped and resolved.", no_args_is_help=True)
+
+SCHEMAS = {  # kind of a config file = its folder -> module and class that read it
+    "cluster": ("cellplane.cluster", "StackConfig"),
+    "data": ("cellplane.data.config", "ConvertConfig"),
+    "evaluate": ("cellplane.pipelines.config", "EvaluateConfig"),
+    "finetune": ("cellplane.pipelines.config", "FinetuneConfig"),
+    "model": ("cellplane.train.config", "ModelFile"),
+    "predict": ("cellplane.batch", "PredictConfig"),
+    "pretrain": ("cellplane.train.config", "PretrainConfig"),
+    "serve": ("cellplane.serve.deployment", "ServeConfig"),
+}
+
+
+def load_any(path: Path, overrides: list[str] | None = None) -> Config:
+    """A config file of any kind: its `kind` key, else its folder's name, says which class reads it."""
+    from cellplane.config import load_config, read_yaml
+    from cellplane.errors import ConfigError
+
+    if not path.is_file():
+        raise ConfigError(f"no config file {str(path)!r}")
+    kind = str(read_yaml(path).get("kind", path.absolute().parent.name))
+    if kind not in SCHEMAS:
+        raise ConfigError(f"{path}: kind {kind!r} is not one of {', '.join(SCHEMAS)}")
+    module, name = SCHEMAS[kind]
+    loaded: Config = load_config(getattr(importlib.import_module(module), name), path, kind, overrides or [])
+    return loaded
+
+
+def find_any(name: str) -> Path:
+    """The file meant by a path or by `kind/name` of a shipped config."""
+    from cellplane.config import find_config
+    from cellplane.errors import ConfigError
+
+    if Path(name).is_file():
+        return Path(name)
+    kind, _, rest = name.removesuffix(".yaml").partition("/")
+    if kind not in SCHEMAS or not rest:
+        raise ConfigError(f"no config file {name!r}; shipped ones are named KIND/NAME, see `cellplane config list`")
+    return find_config(rest, kind)
+
+
+@config_app.command("show")
+def config_show(name: Annotated[str, typer.Argument(help="File, or KIND/NAME of a shipped one.")], override: Overrides = None) -> None:
+    """Print a configuration as it resolves: defaults filled in, references and overrides applied."""
+    from cellplane.config import to_yaml
+
+    typer.echo(to_yaml(load_any(find_any(name), override)), nl=False)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """The shipped configurations."""
+    from cellplane.config import configs_root
+
+    for path in sorted(configs_root().glob("*/*.yaml")):
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        typer.echo(f"{path.parent.name + '/' + path.stem:<24} {first}")
+
+
+def up(config: ConfigOption = "local", override: Overrides = None, as_json: Json = False) -> None:
+    """Start the local stack: an MLflow server and a Ray head, on loopback."""
+    from cellplane.cluster import StackConfig
+    from cellplane.cluster import up as start
+    from cellplane.config import load_config
+
+    stack = start(load_config(StackConfig, config, "cluster", override or []), None, say)
+    answer({"mlflow": stack.mlflow_uri, "ray_dashboard": stack.dashboard_url, "ray": stack.ray_address, "stop": "cellplane down"}, as_json)
+
+
+def down() -> None:
+    """Stop the local stack, exactly the processes that `up` started."""
+    from cellplane.cluster import down as stop
+
+    typer.echo("stopped" if stop(None, say) else "nothing was running")
+
+
+def status(as_json: Json = False) -> None:
+    """What of the local stack runs, and where."""
+    from dataclasses import asdict
+
+    from cellplane.cluster import status as look
+
+    members = [asdict(member) for member in look(None)]
+    if as_json:
+        answer({"members": members}, True)
+    elif members:
+        table(list(members[0]), [list(member.values()) for member in members])
+    else:
+        typer.echo("nothing is running; start it with `cellplane up`")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, memory, disk, ports, tracker; each red line with its fix."""
+    from cellplane.doctor import examine
+
+    checks = examine()
+    if as_json:
+        answer({"checks": [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.fix} for c in checks]}, True)
+    else:
+        for check in checks:
+            typer.echo(f"{'ok ' if check.ok else 'NO '} {check.name:<22} {check.found}")
+            if not check.ok:
+                typer.echo(f"    {'':<22} fix: {check.fix}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave MLflow, Ray and the endpoint up, and say how to stop them.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of split, masks and initialisation.")] = 0,
+    override: Annotated[list[str] | None, typer.Option("--override", "-o", help="Change the stack: -o mlflow_port=5001.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole way once on real cells: shards, pre-training, fine-tuning, registry, endpoint, answer."""
+    from cellplane.demo import run_demo
+
+    result: dict[str, Any] = run_demo(keep=keep, seed=seed, overrides=override or [], say=say)
+    answer(result, as_json)

@@ -1,0 +1,162 @@
+"""What a request may cost, enforced before anything expensive happens.
+
+The guard is a raw ASGI middleware: it answers 401, 403, 413 and 415 before the body is read, and counts the bytes
+while they stream in. A framework's dependency would run only after the whole body lies in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cellplane.client import ARROW_TYPE, JSON_TYPE
+from cellplane.errors import ServiceError
+
+from .security import ApiKeys
+
+CODES = {
+    400: "bad_request",
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    408: "timeout",
+    409: "unsupported_task",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_cells",
+    500: "internal",
+    503: "unavailable",
+}
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")  # probes carry no key
+REQUEST_ID = "cellplane.request_id"  # key of the ASGI scope
+BATCH_JOB = "send fewer cells a call, or use the batch job: cellplane predict"
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The most one request may bring: bytes as sent, bytes after decompression, cells, genes, seconds."""
+
+    max_body_bytes: int = 64 * MIB
+    max_json_bytes: int = 16 * MIB
+    max_decoded_bytes: int = 256 * MIB
+    max_cells: int = 10_000
+    max_genes: int = 100_000
+    request_timeout_s: float = 60.0
+
+    def body_bytes(self, content_type: str) -> int:
+        """Bytes a body of this type may have: parsed JSON takes tenfold its size, so it may have fewer."""
+        return min(self.max_json_bytes, self.max_body_bytes) if content_type == JSON_TYPE else self.max_body_bytes
+
+
+def refuse(status: int, message: str) -> ServiceError:
+    """The error that becomes this HTTP status and message."""
+    return ServiceError(message, status)
+
+
+def error_body(status: int, message: str) -> bytes:
+    """The one shape of every error: what went wrong, and a code programs can read."""
+    return json.dumps({"error": message, "code": CODES.get(status, "error")}).encode()
+
+
+def error_headers(status: int) -> dict[str, str]:
+    """Headers that belong to a status: how to authenticate, when to come back, that the rest of a body is not wanted."""
+    return {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 503: {"retry-after": "1"}}.get(status, {})
+
+
+def clean_request_id(given: str | None) -> str:
+    """The caller's id with anything unusual taken out, at most 64 characters; a fresh one when nothing is left."""
+    return re.sub(r"[^A-Za-z0-9._-]", "", given or "")[:64] or uuid.uuid4().hex
+
+
+def content_type_of(headers: Mapping[str, str]) -> str:
+    """The media type of a body without its parameters, in lower case."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+class Guard:
+    """ASGI middleware: who may ask, of what type and size a body may be, and how long an answer may take."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys | None = None) -> None:
+        self.app, self.limits, self.keys = app, limits, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse one request; other scopes (start-up and shutdown) pass."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(raw=scope["headers"])
+        scope[REQUEST_ID] = clean_request_id(headers.get("x-request-id"))
+        answer = _Answer(send, scope[REQUEST_ID], headers.get("x-request-id"))
+        try:
+            self._admit(scope, headers)
+            async with asyncio.timeout(self.limits.request_timeout_s) as deadline:
+                await self.app(scope, self._counted(receive, content_type_of(headers)), answer.send)
+        except ServiceError as error:
+            await answer.error(error.status, error.message)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            await answer.error(408, f"no answer within {self.limits.request_timeout_s:g} s; {BATCH_JOB}")
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Raise what can be said from path and headers alone."""
+        if self.keys is not None and scope["path"] not in OPEN_PATHS:
+            self.keys.check(headers.get("authorization"), "predict")
+        if scope["method"] != "POST":
+            return
+        if (kind := content_type_of(headers)) not in (ARROW_TYPE, JSON_TYPE):
+            raise refuse(415, f"content type {kind[:80]!r} is not understood; send {ARROW_TYPE} or {JSON_TYPE}")
+        if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
+            raise refuse(415, f"content encoding {encoding[:40]!r} is not understood; send the body as it is (Arrow compresses inside)")
+        declared = headers.get("content-length", "0")
+        if not declared.isdecimal() or int(declared[:20]) > self.limits.body_bytes(kind):
+            raise self._too_large(kind)
+
+    def _counted(self, receive: Receive, kind: str) -> Receive:
+        limit, seen = self.limits.body_bytes(kind), 0
+
+        async def counting() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise self._too_large(kind)
+            return message
+
+        return counting
+
+    def _too_large(self, kind: str) -> ServiceError:
+        return refuse(413, f"the body exceeds {self.limits.body_bytes(kind)} bytes; {BATCH_JOB}")
+
+
+class _Answer:
+    """Sends an answer with its request id, and an error only while nothing else was sent."""
+
+    def __init__(self, send: Send, request_id: str, given: str | None) -> None:
+        self._send, self._started = send, False
+        # Serve's proxy echoes the caller's header by itself; a second one would make a list of it
+        self._header = [] if given == request_id else [(b"x-request-id", request_id.encode())]
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+            message = {**message, "headers": [*message.get("headers", ()), *self._header]}
+        await self._send(message)
+
+    async def error(self, status: int, text: str) -> None:
+        if self._started:
+            return
+        body = error_body(status, text)
+        extra = {**error_headers(status), "content-type": JSON_TYPE, "content-length": str(len(body)), "connection": "close"}
+        await self.send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in extra.items()]})
+        await self._send({"type": "http.response.body", "body": body})

@@ -1,0 +1,200 @@
+"""The native paths: what is served, and POST /v1/models/NAME/TASK with cells in Arrow or JSON.
+
+FastAPI stands here for routing and for /openapi.json; bodies are read as bytes and checked by the codec, because a
+framework's own JSON reader lets NaN, 1e999 and unknown keys pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cellplane import __version__
+from cellplane.client import ARROW_TYPE, JSON_TYPE
+from cellplane.errors import CellplaneError, ServiceError, VocabularyError
+
+from .codec import Cells, CellsBody, decode, encode
+from .deployment import TASKS, Answer
+from .limits import REQUEST_ID, Limits, content_type_of, error_body, error_headers, refuse
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 5.0  # a probe must not hang on a busy model
+HINTS = {404: "there is no such path; /openapi.json lists those there are", 405: "this path does not take that method"}
+
+
+class Served(Protocol):
+    """What the paths need of a model, near or far (see `deployment.ModelReplica`)."""
+
+    async def describe(self, reference: str | None = None) -> dict[str, Any]:
+        """What is served."""
+
+    async def card(self, reference: str) -> str:
+        """The model card."""
+
+    async def genes(self, reference: str) -> dict[str, Any]:
+        """The model's genes."""
+
+    async def predict(self, reference: str, task: str, cells: Cells) -> Answer:
+        """The answer to one request."""
+
+
+class LimitsInfo(BaseModel):
+    """What one request may bring."""
+
+    max_cells: int
+    max_genes: int
+    max_body_bytes: int
+
+
+class ModelInfo(BaseModel):
+    """A served model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str
+    version: str | None
+    alias: str | None
+    run_id: str | None
+    task: str
+    tasks: list[str]
+    classes: list[str]
+    n_genes: int
+    latent_width: int
+    max_cells: int
+    dtype: str
+    model_sha256: str
+    vocabulary_fingerprint: str
+    limits: LimitsInfo
+
+
+class ModelList(BaseModel):
+    """Every model served here."""
+
+    models: list[ModelInfo]
+
+
+class GeneList(BaseModel):
+    """A model's genes in order."""
+
+    gene_ids: list[str]
+    namespace: str
+    vocabulary_fingerprint: str
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, and a code that programs can read."""
+
+    error: str
+    code: str
+
+
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {ARROW_TYPE: {"schema": {"type": "string", "format": "binary"}}, JSON_TYPE: {"schema": CellsBody.model_json_schema()}},
+    }
+}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 409, 413, 415, 422, 503)}
+
+
+class NativePaths:
+    """The endpoints over one served model."""
+
+    def __init__(self, served: Served, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+
+    def app(self) -> FastAPI:
+        """The FastAPI application with every path and one shape of error."""
+        about = "Cell language models: annotate and embed cells"
+        app = FastAPI(title="cellplane", version=__version__, description=about, redirect_slashes=False)
+        app.get("/v2/health/live")(self.live)
+        app.get("/v2/health/ready", responses={503: {"model": ErrorBody}})(self.ready)
+        app.get("/v1/models", response_model=ModelList)(self.models)
+        app.get("/v1/models/{model}", response_model=ModelInfo, responses=ERRORS)(self.model)
+        app.get("/v1/models/{model}/card", response_class=PlainTextResponse, responses=ERRORS)(self.card)
+        app.get("/v1/models/{model}/genes", response_model=GeneList, responses=ERRORS)(self.genes)
+        app.post("/v1/models/{model}/{task}", response_class=Response, responses=ERRORS, openapi_extra=BODY)(self.predict)
+        for kind in (CellplaneError, HTTPException, ClientDisconnect, Exception):
+            app.add_exception_handler(kind, _on_error)
+        return app
+
+    async def live(self) -> dict[str, bool]:
+        """The process is up."""
+        return {"live": True}
+
+    async def ready(self) -> dict[str, bool]:
+        """The model answers."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self.served.describe()
+        except (TimeoutError, CellplaneError) as error:
+            raise refuse(503, "the model does not answer yet; try again soon") from error
+        return {"ready": True}
+
+    async def models(self) -> dict[str, Any]:
+        """What is served."""
+        return {"models": [await self.served.describe()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """One model, by NAME, NAME@ALIAS or NAME:VERSION."""
+        return await self.served.describe(model)
+
+    async def card(self, model: str) -> PlainTextResponse:
+        """The model card, Markdown."""
+        return PlainTextResponse(await self.served.card(model), media_type="text/markdown")
+
+    async def genes(self, model: str) -> dict[str, Any]:
+        """The genes the model knows, in its order."""
+        return await self.served.genes(model)
+
+    async def predict(self, model: str, task: str, request: Request) -> Response:
+        """Cells in, one answer a cell out, in the same order. Cells of one request form sentences of their own."""
+        if task not in TASKS:
+            raise refuse(404, f"there is no task {task[:40]!r}; tasks are {', '.join(TASKS)}")
+        if request.query_params:
+            raise refuse(422, f"unknown parameter {next(iter(request.query_params))[:40]!r}; this task takes none")
+        sent = content_type_of(request.headers)
+        media_type = _wanted(request.headers.get("accept", ""), sent)
+        cells = await asyncio.to_thread(decode, await request.body(), sent, self.limits)
+        answer = await self.served.predict(model, task, cells)
+        about = {**answer.about, "request_id": request.scope[REQUEST_ID]}
+        body = await asyncio.to_thread(encode, answer.columns, about, media_type)
+        log.info("request %s: %s, %d cells, %d entries", request.scope[REQUEST_ID], task, cells.n_cells, len(cells.gene))
+        return Response(body, media_type=media_type)
+
+
+def _wanted(accept: str, sent: str) -> str:
+    """The format asked for, else the one that was sent; ServiceError 406 when neither can be given."""
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",") if part.strip()]
+    if not kinds or sent in kinds or "*/*" in kinds or "application/*" in kinds:
+        return sent
+    for kind in kinds:
+        if kind in (ARROW_TYPE, JSON_TYPE):
+            return kind
+    raise refuse(406, f"answers come as {ARROW_TYPE} or {JSON_TYPE}")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    """One shape for every error; what was not foreseen gives the request id and nothing else."""
+    headers: dict[str, str] = {}
+    request_id = request.scope.get(REQUEST_ID)
+    if isinstance(error, HTTPException):
+        status, message, headers = error.status_code, HINTS.get(error.status_code, str(error.detail)), dict(error.headers or {})
+    elif isinstance(error, ServiceError) and error.status:
+        status, message = error.status, error.message
+    elif isinstance(error, VocabularyError):
+        status, message = 422, str(error)
+    elif isinstance(error, ClientDisconnect):
+        status, message = 400, "the connection closed before the body was complete"
+    else:
+        log.error("request %s failed: %s", request_id, type(error).__name__)
+        status, message = 500, f"something went wrong here; report request id {request_id}"
+    return Response(error_body(status, message), status, {**headers, **error_headers(status)}, media_type=JSON_TYPE)

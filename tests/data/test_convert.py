@@ -1,0 +1,360 @@
+"""Conversion: every cell once, the same bytes however often it is interrupted, nothing half-done to be seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from cellplane.config import load_config
+from cellplane.data.config import ConvertConfig, DataKeys, SimulateConfig
+from cellplane.data.convert import ConvertReport, convert_with, write_part
+from cellplane.data.loader import ShardStore
+from cellplane.data.planning import make_plan, task_json
+from cellplane.data.shards import read_manifest, verify_shards
+from cellplane.data.simulate import simulate
+from cellplane.data.sources import AnnData, write_h5ad
+from cellplane.errors import ColumnError, ConfigError, CountsNotFoundError, DataError, FileFormatError, StorageError, VocabularyError
+
+KEYS = DataKeys(batch_key="batch", labels_key="cell_type")
+
+
+def run(config: ConvertConfig) -> ConvertReport:
+    """Conversion in this process: everything but the way tasks travel."""
+    return convert_with(config, lambda tasks: map(write_part, tasks), lambda _: None)
+
+
+def config_for(tmp_path: Path, *inputs: Path, **options: object) -> ConvertConfig:
+    """Small shards and sentences, so that a few cells make many of both."""
+    plain = {"inputs": tuple(map(str, inputs)), "out": str(tmp_path / "shards"), "keys": KEYS, "max_cells": 16, "shard_bytes": 4000}
+    return ConvertConfig.model_validate({**plain, **options})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every visible file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def matrix_of(folder: Path) -> np.ndarray:
+    store = ShardStore(folder)
+    batch = store.read(range(len(store.sizes)))
+    assert sorted(batch.row.tolist()) == list(range(batch.n_cells))
+    dense = np.zeros((batch.n_cells, batch.n_genes), dtype=np.float32)
+    rows = sp.csr_matrix((batch.value.numpy(), batch.gene.numpy(), batch.crow.numpy()), shape=dense.shape)
+    dense[batch.row.numpy()] = rows.toarray()
+    return dense
+
+
+def test_every_cell_arrives_once_with_its_counts(cells, h5ad, tmp_path):
+    report = run(config_for(tmp_path, h5ad))
+    np.testing.assert_array_equal(matrix_of(tmp_path / "shards"), cells.X.toarray())
+    assert (report.cells, report.genes, report.nnz) == (120, 40, cells.X.nnz)
+    assert report.shards_reused == 0
+    assert report.shards_new > 2
+    assert report.count_source == {"cells": "X"}
+    assert report.gene_report["cells"]["overlap"] == 1
+    assert not (tmp_path / "shards" / ".staging").exists()
+
+
+@pytest.mark.parametrize("kind", [sp.csc_matrix, lambda matrix: matrix.toarray()])
+def test_column_compressed_and_dense_files_give_the_same_cells(cells, tmp_path, kind):
+    cells.X = kind(cells.X)
+    write_h5ad(cells, tmp_path / "x.h5ad")
+    run(config_for(tmp_path, tmp_path / "x.h5ad"))
+    expected = cells.X if isinstance(cells.X, np.ndarray) else cells.X.toarray()
+    np.testing.assert_array_equal(matrix_of(tmp_path / "shards"), expected)
+
+
+def test_a_second_run_reuses_every_shard_and_changes_no_byte(h5ad, tmp_path):
+    first = run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    said: list[str] = []
+    again = convert_with(config_for(tmp_path, h5ad), lambda tasks: map(write_part, tasks), said.append)
+    assert (again.shards_new, again.shards_reused) == (0, first.shards_new)
+    assert contents(tmp_path / "shards") == before
+    assert said[-1] == f"0 new, {first.shards_new} reused"
+
+
+def test_adding_a_file_writes_its_shards_and_no_other(cells, h5ad, tmp_path):
+    first = run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    more = simulate(SimulateConfig(n_cells=40, n_genes=60, n_types=5, seed=3))  # new genes, a new type
+    write_h5ad(more, tmp_path / "more.h5ad")
+    both = run(config_for(tmp_path, h5ad, tmp_path / "more.h5ad"))
+    assert both.shards_reused == first.shards_new
+    after = contents(tmp_path / "shards")
+    assert all(after[name] == sha for name, sha in before.items() if name.endswith(".arrow"))
+    verify_shards(tmp_path / "shards")
+    assert matrix_of(tmp_path / "shards").shape == (160, 60)
+    assert read_manifest(tmp_path / "shards").label_names[-1] == "type_4"
+
+
+def test_another_setting_replaces_the_shards(h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    run(config_for(tmp_path, h5ad, max_cells=10))
+    assert not {name for name in contents(tmp_path / "shards") if name.endswith(".arrow")} & set(before)
+    verify_shards(tmp_path / "shards")
+
+
+def test_a_damaged_shard_is_written_again(h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    victim = sorted((tmp_path / "shards").glob("*.arrow"))[0]
+    victim.write_bytes(victim.read_bytes()[:-7])
+    assert run(config_for(tmp_path, h5ad)).shards_new == 1
+    assert contents(tmp_path / "shards") == before
+
+
+CHILD = """if True:
+    import resource, sys
+    from cellplane.config import validate
+    from cellplane.data.config import ConvertConfig
+    from cellplane.data.convert import convert_with, write_part
+    from cellplane.errors import CellplaneError
+    import json
+    if len(sys.argv) > 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+    try:
+        convert_with(validate(ConvertConfig, json.loads(sys.argv[1]), ""), lambda tasks: map(write_part, tasks), lambda _: None)
+    except CellplaneError as error:
+        print(type(error).__name__, error)
+    """
+
+
+def in_child(config: ConvertConfig, *arguments: str, fault: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, config.model_dump_json(), *arguments]
+    return subprocess.run(command, env={**os.environ, "FAULT_AT": fault}, capture_output=True, text=True, timeout=120, check=False)
+
+
+KILLS = (
+    "before_shard:0",
+    "before_shard:2",
+    "before_rename:0",
+    "before_rename:3",
+    "after_shard:1",
+    "before_move:0",
+    "before_move:2",
+    "before_manifest:0",
+    "before_cleanup:0",
+)
+
+
+KILLER = """if True:
+    import json, os, sys
+    from cellplane.config import validate
+    from cellplane.data.config import ConvertConfig
+    from cellplane.data.convert import convert_with, write_part
+    ends = {}
+    for fault, text in json.loads(sys.stdin.read()).items():
+        if (child := os.fork()) == 0:
+            os.environ["FAULT_AT"] = fault
+            convert_with(validate(ConvertConfig, json.loads(text), ""), lambda tasks: map(write_part, tasks), lambda _: None)
+            os._exit(0)
+        ends[fault] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(ends))
+    """
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[dict[str, int], dict[str, ConvertConfig], ConvertConfig]:
+    """One conversion killed at each point (how it ended, its config), and the config of one that was not."""
+    folder = tmp_path_factory.mktemp("killed")
+    path = folder / "cells.h5ad"
+    write_h5ad(simulate(SimulateConfig(n_cells=120, n_genes=40)), path)
+    configs = {fault: config_for(folder / fault.replace(":", "_"), path) for fault in KILLS}
+    texts = json.dumps({fault: config.model_dump_json() for fault, config in configs.items()})
+    done = subprocess.run([sys.executable, "-c", KILLER], input=texts, capture_output=True, text=True, timeout=120, check=True)
+    never = config_for(folder / "never", path)
+    run(never)
+    return json.loads(done.stdout), configs, never
+
+
+@pytest.mark.parametrize("fault", KILLS)
+def test_a_conversion_killed_anywhere_and_run_again_gives_the_same_bytes(killed, fault):
+    ends, configs, never = killed
+    out = Path(configs[fault].out)
+    assert ends[fault] == -signal.SIGKILL
+    assert (out / "manifest.json").exists() == (fault == "before_cleanup:0")
+    report = run(configs[fault])
+    if fault.startswith(("before_move", "before_manifest", "before_cleanup")):
+        assert report.shards_new == 0  # what was finished is not written twice
+    assert contents(out) == contents(Path(never.out))
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / ".staging").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_folder_as_it_was(cells, h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    write_h5ad(simulate(SimulateConfig(n_cells=500, n_genes=100)), tmp_path / "big.h5ad")
+    config = config_for(tmp_path, tmp_path / "big.h5ad", max_cells=500, shard_bytes=10**6)
+    done = in_child(config, "30000")
+    assert done.stdout.startswith("StorageError no room to write"), done.stderr
+    assert "bytes free" in done.stdout
+    assert contents(tmp_path / "shards") == before
+    assert not list((tmp_path / "shards").rglob("*.tmp"))
+
+
+def test_too_little_room_is_noticed_before_anything_is_written(h5ad, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellplane.data.convert.free_bytes", lambda path: 1000)
+    with pytest.raises(StorageError, match=r"about \d+ bytes needed, 1000 free"):
+        run(config_for(tmp_path, h5ad))
+    assert contents(tmp_path / "shards") == {}
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(cells, h5ad, tmp_path):
+    config = config_for(tmp_path, h5ad)
+    plan = make_plan(config, tmp_path / "staging", lambda _: None)
+    os.utime(h5ad, ns=(1, 1))
+    answer = json.loads(write_part(task_json(plan.tasks[0])))
+    assert answer["error"] == "DataError"
+    assert "changed while it was converted" in answer["message"]
+    assert str(h5ad) in answer["message"]
+
+
+def test_two_conversions_into_one_folder_do_not_mix(h5ad, tmp_path):
+    config = config_for(tmp_path, h5ad)
+    refused: list[str] = []
+
+    def meanwhile(tasks):
+        refused.append(in_child(config).stdout)
+        return map(write_part, tasks)
+
+    convert_with(config, meanwhile, lambda _: None)
+    assert refused[0].startswith("StorageError")
+    assert "in use by another conversion" in refused[0]
+    verify_shards(tmp_path / "shards")
+
+
+def bad_file(tmp_path: Path, change) -> Path:
+    adata = simulate(SimulateConfig(n_cells=1000, n_genes=20))
+    changed = change(adata)
+    write_h5ad(adata if changed is None else changed, tmp_path / "bad.h5ad")
+    return tmp_path / "bad.h5ad"
+
+
+def _late_fraction(adata: AnnData) -> None:
+    adata.X.data[adata.X.indptr[400]] = 0.5  # a cell that the first look does not see
+
+
+def _late_nan(adata: AnnData) -> None:
+    adata.X.data[adata.X.indptr[400]] = np.nan
+
+
+def _no_counts(adata: AnnData) -> None:
+    adata.X = adata.X.toarray() - 0.5
+
+
+def _no_cells(adata: AnnData) -> AnnData:
+    return adata[:0].copy()
+
+
+def _twice_the_gene(adata: AnnData) -> None:
+    adata.var_names = ["A", "A", *adata.var_names[2:]]
+
+
+def _no_batch(adata: AnnData) -> None:
+    adata.obs["batch"] = [None, *["x"] * 999]
+
+
+def _other_column(adata: AnnData) -> None:
+    adata.obs = adata.obs.rename(columns={"cell_type": "cell_typ"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (_late_fraction, DataError, "looked like counts.*non-integer"),
+        (_late_nan, DataError, "1 NaN"),
+        (_no_counts, CountsNotFoundError, "scaled"),
+        (_no_cells, DataError, "no cells"),
+        (_twice_the_gene, DataError, "more than once"),
+        (_no_batch, DataError, "no value in obs"),
+        (_other_column, ColumnError, "did you mean 'cell_typ'"),
+    ],
+)
+def test_a_bad_file_among_good_ones_is_named_and_nothing_is_published(h5ad, tmp_path, change, error, said):
+    run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    with pytest.raises(error, match=said) as caught:
+        run(config_for(tmp_path, h5ad, bad_file(tmp_path, change)))
+    assert change is _no_batch or "bad.h5ad" in str(caught.value)
+    assert contents(tmp_path / "shards") == before
+    assert run(config_for(tmp_path, h5ad)).shards_new == 0
+
+
+def test_missing_and_broken_inputs_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.h5ad: no such file"):
+        run(config_for(tmp_path, tmp_path / "none.h5ad"))
+    (tmp_path / "text.h5ad").write_text("hello")
+    with pytest.raises(FileFormatError, match=r"text\.h5ad.*text"):
+        run(config_for(tmp_path, tmp_path / "text.h5ad"))
+
+
+def test_a_given_vocabulary_fixes_genes_and_order(cells, h5ad, tmp_path):
+    wanted = [*cells.var_names[10:0:-1], "UNSEEN"]
+    (tmp_path / "genes.txt").write_text("\n".join(wanted))
+    report = run(config_for(tmp_path, h5ad, vocabulary=str(tmp_path / "genes.txt")))
+    assert report.genes == 11
+    assert report.gene_report["cells"]["n_dropped"] == 30
+    np.testing.assert_array_equal(matrix_of(tmp_path / "shards")[:, :10], cells.X.toarray()[:, 10:0:-1])
+    with pytest.raises(DataError, match="no readable vocabulary"):
+        run(config_for(tmp_path, h5ad, vocabulary=str(tmp_path / "none.txt")))
+
+
+def test_symbols_and_ensembl_ids_are_not_mixed(cells, h5ad, tmp_path):
+    cells.var_names = [f"ENSG{n:011d}" for n in range(40)]
+    write_h5ad(cells, tmp_path / "ids.h5ad")
+    with pytest.raises(VocabularyError, match="name their genes differently"):
+        run(config_for(tmp_path, h5ad, tmp_path / "ids.h5ad"))
+
+
+def test_two_inputs_of_one_name_need_names(cells, h5ad, tmp_path):
+    (tmp_path / "other").mkdir()
+    write_h5ad(cells, tmp_path / "other" / "cells.h5ad")
+    with pytest.raises(ConfigError, match="two data sets are called 'cells'"):
+        run(config_for(tmp_path, h5ad, tmp_path / "other" / "cells.h5ad"))
+    report = run(config_for(tmp_path, h5ad, tmp_path / "other" / "cells.h5ad", datasets=("first", "second, with /")))
+    assert set(report.count_source) == {"first", "second, with /"}
+    verify_shards(tmp_path / "shards")
+
+
+def test_scanpys_cells_convert_with_their_counts_recovered(pbmc68k, tmp_path):
+    overrides = [f"inputs=[{pbmc68k}]", f"out={tmp_path / 'shards'}"]
+    report = run(load_config(ConvertConfig, "pbmc68k", "data", overrides))
+    assert (report.cells, report.genes, report.recovered) == (700, 765, True)
+    assert report.count_source == {"10x_pbmc68k_reduced": "raw.X"}
+    assert report.largest_deviation == pytest.approx(0.112, abs=1e-3)
+    store = ShardStore(tmp_path / "shards")
+    assert len(store.class_names) == 10
+    assert store.sizes.max() <= 64
+    assert len(store.sizes) == 11
+
+
+def test_spatial_positions_stay_with_their_cells(cells, h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad, keys=DataKeys(spatial_key="spatial")))
+    store = ShardStore(tmp_path / "shards")
+    batch = store.read(range(len(store.sizes)))
+    np.testing.assert_array_equal(batch.coordinates.numpy(), cells.obsm["spatial"][batch.row.numpy()])
+    assert batch.labels is None
+    assert store.n_batches == 1
+
+
+def test_real_files_convert_under_their_ensembl_ids(shared, tmp_path):
+    inputs = [shared / "data" / name for name in ("pbmc3k.h5ad", "kang_pbmc_ifnb.h5ad")]
+    report = run(config_for(tmp_path, *inputs, max_cells=500, shard_bytes=10**6))
+    expected = [ad.read_h5ad(path) for path in inputs]
+    assert report.cells == sum(adata.n_obs for adata in expected)
+    assert report.nnz == sum(adata.X.nnz for adata in expected)
+    dense = matrix_of(tmp_path / "shards")
+    assert dense.sum() == sum(float(adata.X.sum()) for adata in expected)
