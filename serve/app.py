@@ -144,6 +144,7 @@ def deploy(config: ServeConfig) -> Deployed:
     before = serve.status()
     config = _with_port(config, running=bool(before.proxies))
     url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     target = serve.RunTarget(target=build(config, version), name=APP, route_prefix="/")
     try:

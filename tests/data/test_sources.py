@@ -35,7 +35,7 @@ def test_a_file_reads_back_as_it_was_written(cells, h5ad):
 
 def test_writing_changes_nothing_in_the_callers_object(cells, tmp_path):
     cells.obs["text"] = ["a", "b"] * 60
-    cells.obs["unique"] = [f"é{n}" for n in range(120)]
+    cells.obs["unique"] = [f"\u00e9{n}" for n in range(120)]
     cells.raw = cells.copy()
     cells.uns["note"] = {"deep": [1, 2]}
     before = cells.obs.dtypes.to_dict()

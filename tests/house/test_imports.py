@@ -20,7 +20,8 @@ ROWS = (
     ("pipelines", "batch", "client"),
     ("benchmark", "serve", "cluster"),
     ("demo", "doctor"),
-    ("cli", "jobs"),
+    ("cli",),
+    ("jobs",),  # a job is a verb under another name: same options, same exit codes
 )
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 BESIDE = {("artifact", "cellplane.model.config")}  # the one thing known across a row

@@ -17,9 +17,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", help="C
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-def given(**values: object) -> list[str]:
-    """Overrides for the options that were given, quoted so that any path survives; `__` in a name stands for a dot."""
-    return [f"{key.replace('__', '.')}={json.dumps(_plain(value))}" for key, value in values.items() if value not in (None, False, [])]
+def given(values: Mapping[str, object]) -> list[str]:
+    """Overrides for the options that were given, {"a.b": value}, quoted so that any path survives."""
+    return [f"{key}={json.dumps(_plain(value))}" for key, value in values.items() if value not in (None, False, [])]
 
 
 def _plain(value: object) -> object:

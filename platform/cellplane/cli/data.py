@@ -25,8 +25,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert h5ad files to Arrow shards with Ray Data; what is there already is reused."""
-    keys = given(keys__batch_key=batch_key, keys__labels_key=labels_key, keys__recover_counts=recover_counts)
-    answer(convert_files(config, [*given(inputs=inputs, out=out), *keys, *(override or [])]), as_json)
+    keys = given({"keys.batch_key": batch_key, "keys.labels_key": labels_key, "keys.recover_counts": recover_counts})
+    answer(convert_files(config, [*given({"inputs": inputs, "out": out}), *keys, *(override or [])]), as_json)
 
 
 def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:

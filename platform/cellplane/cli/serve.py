@@ -29,10 +29,10 @@ def serve(
     changes = list(override or [])
     if model is not None:
         guess = re.sub(r"[^a-z0-9._-]", "-", model.removeprefix("models:/").split("@")[0].rstrip("/").split("/")[-1].lower())
-        changes = [*given(model=model, name=name or guess), *changes]
+        changes = [*given({"model": model, "name": name or guess}), *changes]
     stack = running()
     if stack is not None:
-        changes = [*given(port=stack.serve_port, tracking_uri=stack.mlflow_uri), *changes]
+        changes = [*given({"port": stack.serve_port, "tracking_uri": stack.mlflow_uri}), *changes]
     elif "RAY_ADDRESS" not in os.environ:
         raise ServiceError("there is no Ray to serve on: start the local stack with `cellplane up`, or set RAY_ADDRESS")
     with local_ray(log_to_driver=False):

@@ -22,7 +22,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Pre-train by masking on Ray Train; a run that was stopped goes on when it is started again."""
-    answer(pretrain_run(config, [*given(shards=shards, run=resume), *(override or [])], resume is not None), as_json)
+    answer(pretrain_run(config, [*given({"shards": shards, "run": resume}), *(override or [])], resume is not None), as_json)
 
 
 def pretrain_run(config: str | None, overrides: list[str], must_exist: bool = False) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def finetune_annotate(
     as_json: Json = False,
 ) -> None:
     """Learn cell types from labelled cells."""
-    options = given(data=data, test=test, base_model=model, keys__labels_key=labels_key)
+    options = given({"data": data, "test": test, "base_model": model, "keys.labels_key": labels_key})
     result = finetune_run(config, [*options, *(override or [])])
     scores = result.pop("scores")
     answer({**result, "scores": scores} if as_json else result, as_json)
@@ -86,7 +86,7 @@ def evaluate_annotate(
     as_json: Json = False,
 ) -> None:
     """Accuracy and macro-F1 on held-out cells, beside majority, PCA + kNN and logistic regression."""
-    result = evaluate_run(config, [*given(model=model, train=train, test=test), *(override or [])])
+    result = evaluate_run(config, [*given({"model": model, "train": train, "test": test}), *(override or [])])
     if as_json:
         answer(result, True)
         return
@@ -115,7 +115,7 @@ def predict_annotate(
     as_json: Json = False,
 ) -> None:
     """Name the cell type of every cell."""
-    _predict(config, [*given(task="annotate", inputs=inputs, model=model, out=out), *(override or [])], as_json)
+    _predict(config, [*given({"task": "annotate", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
 
 
 @predict_app.command("embed")
@@ -128,7 +128,7 @@ def predict_embed(
     as_json: Json = False,
 ) -> None:
     """Embed every cell: obsm["X_cellplm"]."""
-    _predict(config, [*given(task="embed", inputs=inputs, model=model, out=out), *(override or [])], as_json)
+    _predict(config, [*given({"task": "embed", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
 
 
 def _predict(config: str | None, overrides: list[str], as_json: bool) -> None:
