@@ -209,7 +209,7 @@ def _wait(config: ServeConfig, url: str, model_sha256: str) -> None:
             raise ServiceError(f"the model did not start: {_reason(status)}")
         if time.monotonic() > deadline:
             waited = f"the model did not start within {config.startup_timeout_s:g} s"
-            raise ServiceError(f"{waited} ({_reason(status)}); are {config.num_cpus:g} CPUs free?")
+            raise ServiceError(f"{waited} ({_reason(status)}); are {config.num_cpus * config.replicas:g} CPUs free?")
         time.sleep(POLL_S)
     described = serve.get_deployment_handle(MODEL, APP).describe.remote().result(timeout_s=max(deadline - time.monotonic(), 1.0))
     if described["model_sha256"] != model_sha256:

@@ -52,8 +52,8 @@ class ServeConfig(Config):
     """Lines of `name sha256 scope[,scope]`; None = no key is asked for, on loopback only."""
     replicas: Annotated[int, Field(ge=1)] = 1
     """Copies of the model; with two, one may die without a pause."""
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    """CPUs, and so threads, of each copy."""
+    num_cpus: Annotated[float, Field(ge=0)] = 1
+    """CPUs, and so threads, of each copy; 0 sets none aside, so that an endpoint never keeps training from starting."""
     max_body_bytes: Annotated[int, Field(ge=1)] = 64 * MIB
     """Largest request body."""
     max_json_bytes: Annotated[int, Field(ge=1)] = 16 * MIB

@@ -1,7 +1,8 @@
 """Batch inference: the predictor over files, as Ray Data tasks, exactly once and resumable.
 
 Each input becomes one output of the same name, written beside its target and renamed, so a file that is there is
-whole. A second run does only what is missing; a damaged model or an unreadable input names the file and keeps the rest.
+whole. A second run does only what is missing: an answer counts as done when this model gave it to this task and the
+input has not been written since. A damaged model or an unreadable input names the file and keeps the rest.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
 from cellplane.inference import Predictor, query_keys, read_cells, record, write_annotation
 from cellplane.tracking.registry import resolve_model
+
+ANSWERS = {"annotate": "cellplm_cell_type_proba", "embed": "X_cellplm"}  # what an answer to each task holds in obsm
 
 
 class PredictConfig(Config):
@@ -57,6 +61,28 @@ def predict_files(config: PredictConfig) -> PredictReport:
     import ray
     import ray.data
 
+    inputs, out = check_predict(config), Path(config.out).absolute()
+    if not ray.is_initialized():
+        raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
+    model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
+    out.mkdir(parents=True, exist_ok=True)
+    sha256 = verify_model(model)["model_sha256"]
+    todo = [path for path in inputs if not _is_done(path, out / path.name, config.task, sha256)]
+    tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
+    settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
+    rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
+    found = {row["input"]: json.loads(row["answer"]) for row in rows}
+    answers = [found[str(task["input"])] for task in tasks]  # tasks end in any order
+    return PredictReport(
+        written=tuple(Path(answer["out"]) for answer in answers if answer["error"] is None),
+        reused=tuple(out / path.name for path in inputs if path not in todo),
+        cells=sum(answer["cells"] for answer in answers),
+        failed={answer["input"]: answer["error"] for answer in answers if answer["error"] is not None},
+    )
+
+
+def check_predict(config: PredictConfig) -> list[Path]:
+    """The input files, before any cluster is asked; raises as `predict_files`, but for the cluster."""
     for name in ("model", "inputs", "out"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
@@ -66,22 +92,23 @@ def predict_files(config: PredictConfig) -> PredictReport:
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-    if not ray.is_initialized():
-        raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
-    model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
-    out = Path(config.out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in inputs if not (out / path.name).is_file()]
-    tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
-    settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
-    rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
-    answers = [json.loads(row["answer"]) for row in rows]
-    return PredictReport(
-        written=tuple(Path(answer["out"]) for answer in answers if answer["error"] is None),
-        reused=tuple(out / path.name for path in inputs if path not in todo),
-        cells=sum(answer["cells"] for answer in answers),
-        failed={answer["input"]: answer["error"] for answer in answers if answer["error"] is not None},
-    )
+        if path.resolve().parent == Path(config.out).resolve():
+            raise ConfigError(f"the answer for {path} would overwrite it: choose another folder for out")
+    return inputs
+
+
+def _is_done(source: Path, answer: Path, task: str, sha256: str) -> bool:
+    """Whether ``answer`` holds what this model says to this task about ``source`` as it is now."""
+    if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        return False
+    try:
+        adata = read_h5ad(answer, backed=True)
+    except DataError:
+        return False
+    try:
+        return ANSWERS[task] in adata.obsm and adata.uns.get("cellplm", {}).get("model_sha256") == sha256
+    finally:
+        adata.file.close()
 
 
 def _predict_file(task: dict[str, Any]) -> dict[str, str]:
@@ -93,7 +120,7 @@ def _predict_file(task: dict[str, Any]) -> dict[str, str]:
         error: str | None = None
     except CellplaneError as problem:
         cells, error = 0, str(problem)
-    return {"answer": json.dumps({"input": task["input"], "out": task["out"], "cells": cells, "error": error})}
+    return {"input": task["input"], "answer": json.dumps({"input": task["input"], "out": task["out"], "cells": cells, "error": error})}
 
 
 def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path]) -> int:

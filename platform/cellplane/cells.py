@@ -50,11 +50,19 @@ class CellBatch:
                 ("sentence_seed", tuple(self.sentence_seed.shape), (self.n_sentences,)),
                 ("coordinates", tuple(self.coordinates.shape), (cells, 2)),
                 *((name, tuple(getattr(self, name).shape), (cells,)) for name in PER_CELL),
+                *((name, tuple(column.shape), (cells, *rest)) for name, rest in OPTIONAL_PER_CELL.items() if (column := getattr(self, name)) is not None),
+                *self._ends(nonzeros),
             )
             if got != expected
         ]
         if wrong:
             raise ValueError(f"a CellBatch of {cells} cells does not fit together: " + "; ".join(wrong))
+
+    def _ends(self, nonzeros: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        if self.crow.device.type != "cpu":  # looking at values would make the device wait; they were checked where data entered
+            return []
+        edges = (("crow", self.crow, nonzeros), ("cu_seqlens", self.cu_seqlens, self.n_cells))
+        return [(f"{name} from, to", (int(edge[0]), int(edge[-1])), (0, end)) for name, edge, end in edges]
 
     @property
     def n_cells(self) -> int:
@@ -129,7 +137,9 @@ class CellBatch:
         joined: dict[str, Tensor] = {}
         for name in (*PER_CELL, *OPTIONAL_PER_CELL, "gene", "value", "coordinates", "sentence_seed"):
             columns = [column for batch in batches if (column := getattr(batch, name)) is not None]
-            if len(columns) == len(batches):
+            if 0 < len(columns) < len(batches):
+                raise ValueError(f"{len(columns)} of {len(batches)} batches have {name}: give it to all, or to none (-1 = unknown)")
+            if columns:
                 joined[name] = torch.cat(columns)
         for name in ("crow", "cu_seqlens"):
             lengths = torch.cat([getattr(batch, name).diff() for batch in batches])
@@ -138,7 +148,7 @@ class CellBatch:
 
 
 PER_CELL = ("panel_index", "batch_index", "dataset_index", "platform_index", "row")
-OPTIONAL_PER_CELL = ("labels", "perturbation", "perturbation_sign")
+OPTIONAL_PER_CELL: dict[str, tuple[int, ...]] = {"labels": (), "perturbation": (2,), "perturbation_sign": (2,)}  # shape of one cell's
 
 
 def single_panel_batch(

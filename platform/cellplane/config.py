@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -79,11 +79,20 @@ def load_config(cls: type[ConfigT], name: str | Path | None, kind: str, override
         rest = [item for item in overrides if not _is_reference(item, cls.references)]
         if bad := [item for item in rest if "=" not in item]:
             raise ConfigError(f"override {bad[0]!r} is not of the form key.path=value")
-        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(rest))
+        merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(rest))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     return validate(cls, values, source)
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        try:
+            OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"override {override!r} is not readable: {' '.join(str(error).split())}") from error
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def _is_reference(override: str, references: Mapping[str, str]) -> bool:

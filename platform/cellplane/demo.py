@@ -45,6 +45,7 @@ MAX_CELLS = 64  # so that 560 cells make sentences enough for two workers
 NAME = "cellplm-annotate-pbmc68k"
 NEEDED_BYTES = 1 << 30
 STEPS = 8
+WORKERS = 2  # configs/pretrain/demo.yaml
 
 Say = Callable[[str], None]
 
@@ -140,7 +141,8 @@ def _room(demo: Demo) -> None:
 
 def _start(demo: Demo, keep: bool, overrides: Sequence[str]) -> None:
     ports = [] if keep else ["mlflow_port=0", "dashboard_port=0", "serve_port=0"]  # nobody needs to remember them
-    demo.stack = up(load_config(StackConfig, "local", "cluster", [*ports, *overrides]), home(), demo.say)
+    cpus = f"num_cpus={max(WORKERS, os.cpu_count() or 1)}"  # two workers also where there is one core
+    demo.stack = up(load_config(StackConfig, "local", "cluster", [cpus, *ports, *overrides]), home(), demo.say)
     os.environ["MLFLOW_TRACKING_URI"] = demo.stack.mlflow_uri
     connect(demo.stack)
 

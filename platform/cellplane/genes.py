@@ -44,7 +44,7 @@ class GeneVocabulary:
     """The ordered genes a model knows.
 
     ``gene_ids`` are unique; ``namespace`` says how they are named (see `namespace_of`). Raises VocabularyError on
-    an empty or repeated list.
+    an empty or repeated list, or an id with a line break.
     """
 
     gene_ids: tuple[str, ...]
@@ -56,6 +56,8 @@ class GeneVocabulary:
         if len(self._positions) != len(self.gene_ids):
             repeated = [gene for gene, times in Counter(self.gene_ids).items() if times > 1]
             raise VocabularyError(f"{len(repeated)} genes stand more than once in the vocabulary, e.g. {repeated[:5]}; make them unique")
+        if broken := [gene for gene in self.gene_ids if "\n" in gene]:  # ids are kept one a line, and fingerprinted so
+            raise VocabularyError(f"{len(broken)} gene ids hold a line break, e.g. {broken[0]!r}; rename them")
 
     @classmethod
     def from_ids(cls, gene_ids: Iterable[str]) -> GeneVocabulary:

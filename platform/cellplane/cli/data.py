@@ -35,8 +35,11 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
     from cellplane.config import load_config
     from cellplane.data.config import ConvertConfig
     from cellplane.data.convert import convert as run
+    from cellplane.data.sources import check_h5ad
 
     loaded = load_config(ConvertConfig, config, "data", overrides)
+    for path in loaded.inputs:
+        check_h5ad(Path(path))  # before a cluster is started for nothing
     with local_ray(log_to_driver=False):
         report = run(loaded, say)
     return {

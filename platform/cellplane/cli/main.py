@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -61,6 +64,8 @@ def options(
 def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
     """Runs one command; every error we know becomes one message and its exit code."""
     debug = os.environ.get("CELLPLANE_DEBUG") == "1"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a polite kill ends what was started, as Ctrl-C does
     try:
         code = command(args=arguments, standalone_mode=False)
     except CellplaneError as error:
@@ -79,6 +84,10 @@ def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
         error.show()
         code = error.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
 
 
 def run_job(verb: Callable[..., None]) -> None:

@@ -30,7 +30,7 @@ def pretrain_run(config: str | None, overrides: list[str], must_exist: bool = Fa
     from cellplane.cluster import local_ray
     from cellplane.config import load_config
     from cellplane.errors import CheckpointError
-    from cellplane.pipelines.jobs import run_pretrain
+    from cellplane.pipelines.jobs import check_pretrain, run_pretrain
     from cellplane.train.checkpoint import Checkpoints
     from cellplane.train.config import PretrainConfig
     from cellplane.train.launch import RunFolder
@@ -39,6 +39,7 @@ def pretrain_run(config: str | None, overrides: list[str], must_exist: bool = Fa
     loaded = load_config(PretrainConfig, config, "pretrain", overrides)
     if must_exist and not Checkpoints(RunFolder.of(loaded.run).checkpoints).found():
         raise CheckpointError(f"there is nothing to resume: run {loaded.run!r} has no checkpoint in {RunFolder.of(loaded.run).checkpoints}")
+    check_pretrain(loaded)  # before a cluster is started for nothing
     with local_ray(log_to_driver=False), progress(f"pre-training {loaded.run}") as show:
         report = run_pretrain(loaded, show)
     return _report(report)
@@ -143,12 +144,13 @@ def _predict(config: str | None, overrides: list[str], as_json: bool) -> None:
 
 def predict_run(config: str | None, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Loads the configuration and predicts on whatever Ray there is; what to print, and what failed."""
-    from cellplane.batch import PredictConfig, predict_files
+    from cellplane.batch import PredictConfig, check_predict, predict_files
     from cellplane.cluster import local_ray
     from cellplane.config import load_config
 
     use_running_stack()
     loaded = load_config(PredictConfig, config, "predict", overrides)
+    check_predict(loaded)  # before a cluster is started for nothing
     with local_ray(log_to_driver=False):
         report = predict_files(loaded)
     files = ", ".join(str(path) for path in report.written)

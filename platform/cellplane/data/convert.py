@@ -128,7 +128,8 @@ def convert_with(
 def _ray_results(tasks: Sequence[str], workers: int | None) -> Iterator[str]:
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # its plans are not what a person waits for
+    for noisy in ("ray.data", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)  # its plans, and that it shows no bars, are not what a person waits for
     try:
         asked = os.environ.get("FAULT_AT", "")  # workers were started earlier, with another environment
         rows = ray.data.from_items([{"task": task, "fault": asked} for task in tasks], override_num_blocks=len(tasks))

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from cellplane.cells import CellBatch, keyed_seed
 from cellplane.config import Config
@@ -136,9 +137,9 @@ class PlanConfig(Config):
 
     seed: int = 0
     """Keys the order of sentences, the masks and every other random choice."""
-    cells_per_micro_batch: int = 2048
+    cells_per_micro_batch: int = Field(2048, ge=1)
     """Sentences are packed until a micro-batch would exceed this many cells; a longer sentence stands alone."""
-    micro_batches_per_step: int = 2
+    micro_batches_per_step: int = Field(2, ge=1)
     """Micro-batches of one optimizer step, dealt round robin to the workers."""
 
 

@@ -68,6 +68,10 @@ class ModelConfig:
     """Tell the encoder, through one learned direction, which share of a cell's measured genes is hidden."""
 
     def __post_init__(self) -> None:
+        sizes = ("width", "n_heads", "latent_width", "n_clusters", "cluster_width", "decoder_width", "decoder_bottleneck")
+        counts = ("n_genes", "n_blocks", "n_batches", "n_datasets", "n_classes")
+        if wrong := [name for name in sizes if getattr(self, name) < 1] + [name for name in counts if getattr(self, name) < 0]:
+            raise ValueError(f"{', '.join(wrong)} must be at least {1 if wrong[0] in sizes else 0}, found {getattr(self, wrong[0])}")
         if self.width % 4 or self.decoder_width % 4:
             raise ValueError(f"width {self.width} and decoder_width {self.decoder_width} must be multiples of 4, the groups of GroupNorm")
         if self.width % self.n_heads:

@@ -62,6 +62,7 @@ class CellTypeAnnotationPipeline:
         self.folder_: ModelFolder | None = None
         self.history_: list[dict[str, float]] = []
         self._predictor: Predictor | None = None
+        self._best_step = 0
 
     @property
     def classes_(self) -> tuple[str, ...]:
@@ -93,6 +94,11 @@ class CellTypeAnnotationPipeline:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
         known = np.flatnonzero(table.labels >= 0)
         kept, held_out = stratified_split(table.labels[known], self.config.validation_share, self.config.seed)
+        if len(held_out) == 0:
+            raise DataError(
+                f"a validation_share of {self.config.validation_share} holds out none of {len(known)} labelled cells in {len(classes)} types, "
+                "but some must choose the best step; raise it, or label more cells of each type"
+            )
         network = self._network(len(vocabulary), len(classes))
         stores = tuple(memory_store(table.rows(known[rows]), self.config.max_cells) for rows in (kept, held_out))
         weights = self._train(network, stores, progress)
@@ -177,6 +183,7 @@ class CellTypeAnnotationPipeline:
         best = Best(network, validation, config, progress)
         self.history_ = best.history
         train(TorchEngine(network, config.optimizer), objective, plan, range(config.optimizer.steps), after_step=best)
+        self._best_step = best.step
         return best.weights
 
     def _lineage(self, cells: int, report: Mapping[str, Any]) -> dict[str, str]:
@@ -187,7 +194,7 @@ class CellTypeAnnotationPipeline:
             "training_cells": str(cells),
             "counts": str(report.get("count_source", "")),
             "config_sha256": fingerprint(self.config),
-            "best_step": str(int(max(self.history_, key=lambda row: row.get("val/macro_f1", -1.0))["step"])) if self.history_ else "0",
+            "best_step": str(self._best_step),
         }
 
 
@@ -199,6 +206,7 @@ class Best:
         self.batch = validation.read(range(len(validation.sizes)))
         self.history: list[dict[str, float]] = []
         self.weights: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
+        self.step = 0  # after which the best weights were seen
         self._best, self._waited = (-1.0, float("inf")), 0
 
     def __call__(self, done: int, result: StepResult) -> bool:
@@ -206,7 +214,7 @@ class Best:
         metrics = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
         if done % self.config.validate_every == 0 or done == self.config.optimizer.steps:
             metrics |= self._look()
-            self._judge(metrics)
+            self._judge(done, metrics)
         self.history.append({"step": float(done), **metrics})
         if self.progress is not None:
             self.progress(done, metrics)
@@ -221,11 +229,11 @@ class Best:
         scores = annotation_scores(self.batch.labels.numpy().astype(str), output.logits.argmax(-1).numpy().astype(str))
         return {"val/loss": float(output.loss.total.mean()), "val/macro_f1": scores["macro_f1"], "val/accuracy": scores["accuracy"]}
 
-    def _judge(self, metrics: Mapping[str, float]) -> None:
+    def _judge(self, done: int, metrics: Mapping[str, float]) -> None:
         found = (round(metrics["val/macro_f1"], 6), -metrics["val/loss"])
         if found > (self._best[0], -self._best[1]):
             self._best, self._waited = (found[0], metrics["val/loss"]), 0
-            self.weights = copy.deepcopy(self.network.state_dict())
+            self.weights, self.step = copy.deepcopy(self.network.state_dict()), done
         else:
             self._waited += 1
 

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ import numpy as np
 from cellplane.artifact.card import model_card
 from cellplane.artifact.folder import ModelFolder, load_model, save_model, verify_model
 from cellplane.config import Config, fingerprint, home, to_plain, to_yaml
-from cellplane.data.shards import file_sha256, read_manifest
-from cellplane.data.sources import AnnData, column, find_counts, read_h5ad
+from cellplane.data.config import DataKeys
+from cellplane.data.shards import Manifest, file_sha256, read_manifest
+from cellplane.data.sources import AnnData, CellReader, column, find_counts, read_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
 from cellplane.pipelines import plots
 from cellplane.pipelines.annotation import UNLABELLED, CellTypeAnnotationPipeline
@@ -63,9 +65,7 @@ def quiet(done: int, total: int, metrics: Mapping[str, float]) -> None:
 
 def run_pretrain(config: PretrainConfig, progress: Progress = quiet) -> JobReport:
     """Pre-trains on shards, tracked from the first step; see `train.launch.pretrain` for the errors."""
-    if not config.shards:
-        raise ConfigError("shards is empty: name the folder that `cellplane data convert` wrote, e.g. -o shards=.cellplane/shards")
-    folder, manifest = RunFolder.of(config.run), read_manifest(Path(config.shards))
+    folder, manifest = RunFolder.of(config.run), check_pretrain(config)
     journal = Journal(folder.journal)
     spec = RunSpec(
         run_key=f"pretrain:{config.run}:{run_identity(config)[:16]}",
@@ -86,11 +86,20 @@ def run_pretrain(config: PretrainConfig, progress: Progress = quiet) -> JobRepor
     return JobReport(outcome.model, outcome.steps_now == 0, outcome.steps, outcome.seconds, run_id, version)
 
 
+def check_pretrain(config: PretrainConfig) -> Manifest:
+    """The manifest of the shards to train on, before any cluster is asked; ConfigError or DataError when there is none."""
+    if not config.shards:
+        raise ConfigError("shards is empty: name the folder that `cellplane data convert` wrote, e.g. -o shards=.cellplane/shards")
+    return read_manifest(Path(config.shards))
+
+
 def run_finetune(config: FinetuneConfig, progress: Progress = quiet) -> JobReport:
     """Fine-tunes an annotator on labelled cells and, when `config.test` is given, scores it beside the baselines."""
     if not config.data:
         raise ConfigError("data is empty: name an h5ad with labelled cells, e.g. -o data=train.h5ad")
-    folder = RunFolder.of(config.run)
+    for path in filter(None, (config.data, config.test)):
+        _check_labelled(Path(path), config.keys)
+    began, folder = time.monotonic(), RunFolder.of(config.run)
     identity = _finetune_identity(config)
     journal = Journal(folder.journal)
     spec = RunSpec(
@@ -98,19 +107,21 @@ def run_finetune(config: FinetuneConfig, progress: Progress = quiet) -> JobRepor
         experiment="cellplane/finetune/annotate",
         name=_run_name("annotate", config.run),
         params=to_plain(config),
-        tags=_tags(config) | {"data_sha256": file_sha256(Path(config.data)) if Path(config.data).is_file() else "missing"},
+        tags=_tags(config) | {"data_sha256": file_sha256(Path(config.data))},
     )
     pipeline = _finished(folder.model, identity)
     reused = pipeline is not None
     with MetricPump(spec, config.tracking_uri, journal) as pump:
         if pipeline is None:
             pipeline = _fit(config, folder, journal, progress)
+            _save(pipeline, folder.model, identity, None)  # scoring may fail, training is done
         figures = _fresh(folder.artifacts / "plots")
         plots.loss_plot(_rows(journal), figures / "loss.png", f"Fine-tuning loss, {config.run}")
         scores = _score_finetuned(pipeline, config, figures) if config.test is not None else None
         _save(pipeline, folder.model, identity, scores)
         run_id, version = _publish(pump, config, folder.model, folder.artifacts, config.register_as, scores)
-    return JobReport(folder.model, reused, len(_rows(journal)), 0.0, run_id, version, scores)
+    steps = max((row.step for row in journal.rows()), default=0)
+    return JobReport(folder.model, reused, steps, time.monotonic() - began, run_id, version, scores)
 
 
 def run_evaluate(config: EvaluateConfig) -> tuple[Scores, Path]:
@@ -175,6 +186,13 @@ def _same_genes(train: Any, test: Any) -> tuple[Any, Any]:
     return train.matrix[:, [own[gene] for gene in shared]], test.matrix[:, [place[gene] for gene in shared]]
 
 
+def _check_labelled(path: Path, keys: DataKeys) -> None:
+    """DataError or ColumnError before any work begins, when a file or its label column is not there."""
+    with CellReader(path) as reader:
+        if keys.labels_key is not None:
+            reader.obs(keys.labels_key)
+
+
 def _fit(config: FinetuneConfig, folder: RunFolder, journal: Journal, progress: Progress) -> CellTypeAnnotationPipeline:
     base = None if config.base_model is None else resolve_model(config.base_model, config.tracking_uri, home() / "cache").path
     recipe = AnnotationConfig.model_validate({name: getattr(config, name) for name in AnnotationConfig.model_fields})
@@ -198,17 +216,12 @@ def _score_finetuned(pipeline: CellTypeAnnotationPipeline, config: FinetuneConfi
 
 def _finetune_identity(config: FinetuneConfig) -> str:
     """Fingerprint of recipe, data and base model: a finished folder with the same one is reused."""
-    determining = config.model_copy(update={"test": None, "tracking_uri": None, "register_as": None, "data": _content(config.data)})
+    indifferent = {"test": None, "tracking_uri": None, "register_as": None}
+    determining = config.model_copy(update={**indifferent, "data": file_sha256(Path(config.data))})
     if config.base_model is not None:
         path = resolve_model(config.base_model, config.tracking_uri, home() / "cache").path
         determining = determining.model_copy(update={"base_model": verify_model(path)["model_sha256"]})
     return fingerprint(determining)
-
-
-def _content(path: str) -> str:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
-    return file_sha256(Path(path))
 
 
 def _finished(path: Path, identity: str) -> CellTypeAnnotationPipeline | None:
@@ -260,6 +273,7 @@ def _publish(
             sha = verify_model(model)["model_sha256"]
             version = register(model, run.run_id, register_as, pump.uri, {"model_sha256": sha, "config_sha256": fingerprint(config)})
     except ServiceError as error:
+        pump.close(timeout_s=1)  # it has been tried, and the journal keeps the metrics
         if register_as is not None:
             raise ServiceError(f"the model is complete in {model}, but it could not be registered: {error}", error.status) from error
         log.warning("the model is complete in %s; the tracker has not heard of it: %s", model, error)

@@ -48,6 +48,9 @@ CLIENT_SETTINGS = {
 }
 
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # shown in the UI as training runs, not as chats
+
+
 class TrackingConfig(Config):
     """Where runs and models are recorded."""
 
@@ -229,7 +232,7 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if found := client.get_experiment_by_name(name):
         return _active(found)
     try:
-        return str(client.create_experiment(name, artifact_location=_artifact_location(name, uri)))
+        return str(client.create_experiment(name, artifact_location=_artifact_location(name, uri), tags=EXPERIMENT_TAGS))
     except MlflowException:
         if found := client.get_experiment_by_name(name):
             return _active(found)

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from cellplane.artifact.folder import FORMAT_VERSION, MANIFEST, read_verified, write_folder
-from cellplane.errors import CheckpointError, DataError
+from cellplane.errors import CheckpointError, DataError, IntegrityError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, state: TrainingState) -> Path:
-        """Writes the state in one move and removes what is older than the newest ``keep``; StorageError when the disk is full."""
+        """Writes the state in one move and removes all but it and the ``keep`` - 1 before it; StorageError when the disk is full."""
         files = {
             WEIGHTS: save_safetensors({name: tensor.contiguous() for name, tensor in state.weights.items()}),
             OPTIMIZER: save_safetensors({name: tensor.contiguous() for name, tensor in state.optimizer.items()}),
@@ -60,8 +61,10 @@ class Checkpoints:
         manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": KIND, "files": listed}
         path = self.folder / f"step-{state.step:08d}"
         write_folder(path, {**files, MANIFEST: json.dumps(manifest, indent=1).encode()})
-        for old in self.found()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = self.found()
+        newest = found.index(path)
+        for stale in (*found[: max(newest + 1 - self.keep, 0)], *found[newest + 1 :]):  # a run never goes back: what is newer was damaged
+            shutil.rmtree(stale, ignore_errors=True)
         return path
 
     def found(self) -> list[Path]:
@@ -94,8 +97,12 @@ class Checkpoints:
 
 def read_checkpoint(path: Path) -> TrainingState:
     """The state of one checkpoint folder, verified; DataError when anything is damaged."""
-    _, contents = read_verified(path, KIND)
-    state = json.loads(contents[STATE])
-    return TrainingState(
-        int(state["step"]), load_safetensors(contents[WEIGHTS]), load_safetensors(contents[OPTIMIZER]), str(state["identity"])
-    )
+    try:
+        _, contents = read_verified(path, KIND)
+        state = json.loads(contents[STATE])
+        weights, optimizer = load_safetensors(contents[WEIGHTS]), load_safetensors(contents[OPTIMIZER])
+        return TrainingState(int(state["step"]), weights, optimizer, str(state["identity"]))
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} is damaged: {type(error).__name__} {error}") from error

@@ -7,6 +7,7 @@ weighted by its share of the whole step, gradients are summed over micro-batches
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -80,6 +81,13 @@ def _forward(model: nn.Module, work: Work) -> tuple[Tensor, Tensor, tuple[str, .
     return weighted, sums, loss.names
 
 
+def _finite_norm(norm: float) -> float:
+    """The gradients' norm; TrainingError when it is not finite, because the weights would not be either."""
+    if not math.isfinite(norm):
+        raise TrainingError("the gradients are not finite; lower the learning rate or check the counts. The last checkpoint is intact")
+    return norm
+
+
 def _means(sums: Tensor, total: float, world_size: int) -> Tensor:
     """Weighted means over all ranks; raises TrainingError when one is not finite."""
     if world_size > 1:
@@ -119,7 +127,7 @@ class TorchEngine:
         for parameter in self.model.parameters():
             if self.world_size > 1 and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        norm = _finite_norm(float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)))
         lr = self.config.lr_at(step)
         _set_lr(self.optimizer.param_groups, lr)
         self.optimizer.step()
@@ -194,7 +202,7 @@ class DeepSpeedEngine:
 
     def _grad_norm(self) -> float:
         norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float("nan") if norm is None else _finite_norm(float(norm))
 
     def state(self, step: int, identity: str) -> TrainingState:
         """See Engine; gathers what ZeRO sharded."""

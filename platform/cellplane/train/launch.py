@@ -119,6 +119,7 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
     if done < config.optimizer.steps:
         if not ray.is_initialized():
             raise ServiceError("training needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
+        _check_room(config)
         _fit(config, folder)
     state = checkpoints.newest_valid(identity)
     if state is None or state.step != config.optimizer.steps:
@@ -142,6 +143,19 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
     return PretrainOutcome(folder.model, state.step, state.step - done, time.monotonic() - began)
 
 
+def _check_room(config: PretrainConfig) -> None:
+    """A cluster too small for the workers is an error, a busy one worth a word: Ray itself waits without an end."""
+    wanted = config.workers.count * config.workers.cpus
+    existing, free = (resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    if existing < wanted:
+        raise ServiceError(
+            f"{config.workers.count} workers of {config.workers.cpus} CPUs need {wanted} CPUs, the cluster has {existing:g}; "
+            "start fewer (-o workers.count=1), the losses stay the same"
+        )
+    if free < wanted:
+        log.warning("waiting for CPUs: the run needs %d, %g of %g are free; another job or an endpoint holds the rest", wanted, free, existing)
+
+
 def _fit(config: PretrainConfig, folder: RunFolder) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -150,7 +164,7 @@ def _fit(config: PretrainConfig, folder: RunFolder) -> None:
     resources = {"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": to_plain(config), "home": str(home())},
+        train_loop_config={"config": to_plain(config), "home": str(home()), "fault": os.environ.get("FAULT_AT", "")},
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{config.run}-{uuid.uuid4().hex[:8]}",
@@ -179,7 +193,7 @@ def _worker(settings: dict[str, Any]) -> None:
     """One worker's run, from the newest valid checkpoint to the last step."""
     from ray import train as ray_train
 
-    os.environ["CELLPLANE_HOME"] = settings["home"]
+    os.environ.update(CELLPLANE_HOME=settings["home"], FAULT_AT=settings["fault"])
     config = PretrainConfig.model_validate(settings["config"])
     torch.set_num_threads(config.workers.cpus)
     context = ray_train.get_context()

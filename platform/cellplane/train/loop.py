@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cellplane.data.sentences import StepPlan, deal
+from cellplane.data.shards import fault
 from cellplane.tracking.journal import Journal
 from cellplane.train.checkpoint import Checkpoints
 from cellplane.train.config import CheckpointConfig
@@ -56,6 +57,7 @@ def train(
         if keeping is not None and keeping.journal is not None:
             cells = float(sum(weights[list(micro_batch.sentences)].sum() for micro_batch in planned))
             keeping.journal.append(done, _metrics(result, cells / (time.perf_counter() - began)))
+        fault(f"step_rank{engine.rank}")
         stop = after_step is not None and after_step(done, result)
         if keeping is not None and (stop or done == steps.stop or done % keeping.config.every_steps == 0):
             keep(engine, keeping, done)
@@ -68,6 +70,7 @@ def keep(engine: Engine, keeping: Keeping, done: int) -> None:
     """Writes a checkpoint: every rank gathers, rank 0 writes."""
     state = engine.state(done, keeping.identity)
     if engine.rank == 0:
+        fault("before_checkpoint")
         path = keeping.checkpoints.save(state)
         log.info("kept %s", path.name)
 
