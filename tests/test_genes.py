@@ -68,7 +68,9 @@ def test_a_vocabulary_survives_pickling_with_its_fingerprint():
 
 
 @pytest.mark.parametrize(
-    ("ids", "says"), [([], "at least one"), (["A", "B", "A"], "more than once.*'A'"), (["A\nB", "C"], "line break")], ids=["none", "repeated", "broken"]
+    ("ids", "says"),
+    [([], "at least one"), (["A", "B", "A"], "more than once.*'A'"), (["A\nB", "C"], "line break")],
+    ids=["none", "repeated", "broken"],
 )
 def test_a_list_that_is_no_vocabulary_is_refused(ids, says):
     with pytest.raises(VocabularyError, match=says):
@@ -100,7 +102,7 @@ def test_a_vocabulary_smaller_than_the_minimum_must_be_shared_in_full():
 
 
 def test_two_columns_for_one_gene_are_refused():
-    with pytest.raises(VocabularyError, match="2 genes .* same vocabulary gene"):
+    with pytest.raises(VocabularyError, match=r"2 genes .* same vocabulary gene"):
         GeneVocabulary.from_ids(HUMAN).align([*HUMAN, f"{HUMAN[0]}.1", f"{HUMAN[1]}.1"])
 
 

@@ -50,13 +50,18 @@ class CellBatch:
                 ("sentence_seed", tuple(self.sentence_seed.shape), (self.n_sentences,)),
                 ("coordinates", tuple(self.coordinates.shape), (cells, 2)),
                 *((name, tuple(getattr(self, name).shape), (cells,)) for name in PER_CELL),
-                *((name, tuple(column.shape), (cells, *rest)) for name, rest in OPTIONAL_PER_CELL.items() if (column := getattr(self, name)) is not None),
+                *self._optional(),
                 *self._ends(nonzeros),
             )
             if got != expected
         ]
         if wrong:
             raise ValueError(f"a CellBatch of {cells} cells does not fit together: " + "; ".join(wrong))
+
+    def _optional(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        for name, of_one_cell in OPTIONAL_PER_CELL.items():
+            if (column := getattr(self, name)) is not None:
+                yield name, tuple(column.shape), (self.n_cells, *of_one_cell)
 
     def _ends(self, nonzeros: int) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
         if self.crow.device.type != "cpu":  # looking at values would make the device wait; they were checked where data entered

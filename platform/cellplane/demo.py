@@ -260,7 +260,8 @@ def _summary(demo: Demo, keep: bool, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 1),
     }
     if keep:
-        ui = {"MLflow": demo.stack.mlflow_uri, "Ray dashboard": demo.stack.dashboard_url, "endpoint": f"{demo.url}/docs"}
+        dashboard = f"{demo.stack.dashboard_url} (it asks for the token in {demo.stack.token_path})"
+        ui = {"MLflow": demo.stack.mlflow_uri, "Ray dashboard": dashboard, "endpoint": f"{demo.url}/docs"}
         return {**table, **ui, "stop with": "cellplane down"}
     return {**table, "look again": "cellplane demo --keep"}
 

@@ -21,7 +21,8 @@ def state_of(step: int, identity: str = "this run") -> TrainingState:
     """A state whose every tensor depends on the step; weights are stored transposed to be not contiguous."""
     generator = torch.Generator().manual_seed(step)
     weights = {"linear.weight": torch.randn(5, 3, generator=generator).T, "linear.bias": torch.randn(3, generator=generator)}
-    moments = {f"{moment}:{name}": torch.randn(tensor.shape, generator=generator) for moment in ("exp_avg", "exp_avg_sq") for name, tensor in weights.items()}
+    names = [f"{moment}:{name}" for moment in ("exp_avg", "exp_avg_sq") for name in weights]
+    moments = {name: torch.randn(weights[name.partition(":")[2]].shape, generator=generator) for name in names}
     return TrainingState(step, weights, moments, identity)
 
 

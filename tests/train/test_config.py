@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from pydantic import ValidationError
 
@@ -24,7 +26,7 @@ def test_the_cosine_falls_from_the_peak_through_its_half_to_zero_and_stays_there
     assert rates[50] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert rates[101] == pytest.approx(0.0, abs=1e-12)
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates))
 
 
 def test_the_constant_schedule_keeps_the_peak():

@@ -17,7 +17,7 @@ from cellplane.model.cellplm import new_model
 from cellplane.tracking.journal import Journal
 from cellplane.train.checkpoint import Checkpoints, TrainingState
 from cellplane.train.config import PretrainConfig
-from cellplane.train.engine import TorchEngine, parameter_groups
+from cellplane.train.engine import StepResult, TorchEngine, parameter_groups
 from cellplane.train.launch import RunFolder, full_model_config, run_identity, run_worker
 from cellplane.train.loop import Keeping, train
 from cellplane.train.objective import MaskedObjective
@@ -48,7 +48,8 @@ def largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torc
 
 def parts(config: PretrainConfig) -> tuple[MaskedObjective, StepPlan, torch.nn.Module]:
     store = ShardStore(Path(config.shards))
-    return MaskedObjective(store, config.masking), StepPlan(store.sizes, config.plan), new_model(full_model_config(config), config.plan.seed)
+    network = new_model(full_model_config(config), config.plan.seed)
+    return MaskedObjective(store, config.masking), StepPlan(store.sizes, config.plan), network
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_exactly(run_config, tmp_path, monkeypatch, losses):
@@ -112,7 +113,7 @@ def test_the_embedder_learns_at_its_own_rate(run_config):
     engine = TorchEngine(network, config.optimizer)
     train(engine, objective, plan, range(1))
     assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([1.5e-3, 1.5e-4])
-    moved = {name: float((parameter - before[name]).abs().max()) for name, parameter in network.named_parameters()}
+    moved = {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in network.named_parameters()}
     # the first step of Adam moves what has a gradient by its learning rate
     assert max(size for name, size in moved.items() if name.startswith("embedder.")) == pytest.approx(1.5e-4, rel=0.05)
     assert max(size for name, size in moved.items() if not name.startswith("embedder.")) == pytest.approx(1.5e-3, rel=0.05)
@@ -121,8 +122,8 @@ def test_the_embedder_learns_at_its_own_rate(run_config):
 def test_a_gradient_is_clipped_to_the_configured_norm(run_config):
     config = run_config("clipped", {**TORCH, "optimizer": {"clip": 1e-3}})
     objective, plan, network = parts(config)
-    seen = []
-    train(TorchEngine(network, config.optimizer), objective, plan, range(1), after_step=lambda done, result: seen.append(result) is not None)
+    seen: list[StepResult] = []
+    train(TorchEngine(network, config.optimizer), objective, plan, range(1), after_step=lambda done, result: bool(seen.append(result)))
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]))
     assert seen[0].grad_norm > 1e-3
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
@@ -132,7 +133,7 @@ def test_a_gradient_is_clipped_to_the_configured_norm(run_config):
 def test_numbers_that_are_not_finite_end_the_run_and_leave_the_last_checkpoint(run_config, cellplane_home, where):
     config = run_config("broken", TORCH)
     objective, plan, network = parts(config)
-    keeping = Keeping(Checkpoints(RunFolder.of("broken").checkpoints), config.checkpoint, run_identity(config), Journal(RunFolder.of("broken").journal))
+    keeping = Keeping(Checkpoints(cellplane_home / "checkpoints"), config.checkpoint, "id", Journal(cellplane_home / "journal.jsonl"))
 
     def break_it(done: int, _: object) -> bool:
         parameter = next(network.decoder.parameters())
@@ -192,6 +193,20 @@ def killed(run_config: MakeConfig, run_workers: RunWorkers, tmp_path_factory: py
     return make
 
 
+@pytest.fixture
+def go_on(killed: Callable[[int], Path], run_workers: RunWorkers, tmp_path: Path) -> Callable[[PretrainConfig, int, int], Path]:
+    """A home where a run that was killed at another ZeRO stage, after step 5, was started again with so many workers."""
+
+    def start(config: PretrainConfig, killed_stage: int, workers: int) -> Path:
+        home = tmp_path / f"from-{killed_stage}"
+        shutil.copytree(killed(killed_stage), home)
+        assert [path.name for path in (home / "runs" / "r" / "checkpoints").glob("step-*")] == ["step-00000003"]
+        assert run_workers(config, home, workers) == [0] * workers, log_of(home)
+        return home
+
+    return start
+
+
 def engine_of(name: str, stage: int) -> dict[str, object]:
     return {"engine": {"name": name, "zero_stage": stage}}
 
@@ -217,12 +232,9 @@ def test_deepspeed_gives_the_losses_of_plain_pytorch(stage, finished, run_config
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_worker_costs_nothing_but_the_steps_since_the_checkpoint(stage, finished, killed, run_config, run_workers, tmp_path, monkeypatch, losses):
-    home = tmp_path / "home"
-    shutil.copytree(killed(stage), home)
+def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(stage, finished, go_on, run_config, monkeypatch, losses):
     config = run_config("r", engine_of("deepspeed", stage))
-    assert [path.name for path in Checkpoints(home / "runs" / "r" / "checkpoints").found()] == ["step-00000003"]
-    assert run_workers(config, home, 2) == [0, 0], log_of(home)
+    home = go_on(config, stage, 2)
     whole = finished("deepspeed", stage, 2)
     assert losses(home, "r") == losses(whole, "r")
     one, other = (state_of(folder, config, monkeypatch) for folder in (home, whole))
@@ -231,10 +243,8 @@ def test_a_killed_worker_costs_nothing_but_the_steps_since_the_checkpoint(stage,
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_of_two_workers_goes_on_with_one(stage, finished, killed, run_config, run_workers, tmp_path, losses):
-    home = tmp_path / "home"
-    shutil.copytree(killed(stage), home)
-    assert run_workers(run_config("r", engine_of("deepspeed", stage)), home, 1) == [0], log_of(home)
+def test_a_run_of_two_workers_goes_on_with_one(stage, finished, go_on, run_config, losses):
+    home = go_on(run_config("r", engine_of("deepspeed", stage)), stage, 1)
     assert losses(home, "r") == pytest.approx(losses(finished("deepspeed", stage, 2), "r"), rel=SAME)
 
 
@@ -246,18 +256,26 @@ def test_plain_pytorch_goes_on_where_deepspeed_stopped(finished, killed, run_con
     assert losses(home, "r") == pytest.approx(losses(finished("deepspeed", 2, 2), "r"), rel=SAME)
 
 
+def test_deepspeed_goes_on_where_plain_pytorch_stopped(finished, run_config, run_workers, cellplane_home, losses):
+    config = run_config("r", TORCH)
+    objective, plan, network = parts(config)
+    folder = RunFolder.of("r")
+    keeping = Keeping(Checkpoints(folder.checkpoints), config.checkpoint, run_identity(config), Journal(folder.journal))
+    train(TorchEngine(network, config.optimizer), objective, plan, range(STEPS), keeping, lambda done, _: done == 4)
+    assert run_workers(run_config("r", engine_of("deepspeed", 2)), cellplane_home, 1) == [0], log_of(cellplane_home)
+    assert losses(cellplane_home, "r") == pytest.approx(losses(finished("deepspeed", 2, 2), "r"), rel=SAME)
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_goes_on_where_plain_pytorch_or_another_stage_stopped(stage, finished, killed, run_config, run_workers, tmp_path, losses):
+def test_deepspeed_goes_on_where_another_stage_stopped(stage, finished, go_on, run_config, losses):
     for source in (0, 3):
-        home = tmp_path / f"home{source}"
-        shutil.copytree(killed(source), home)
-        assert run_workers(run_config("r", engine_of("deepspeed", stage)), home, 2) == [0, 0], log_of(home)
+        home = go_on(run_config("r", engine_of("deepspeed", stage)), source, 2)
         assert losses(home, "r") == pytest.approx(losses(finished("deepspeed", 2, 2), "r"), rel=SAME)
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("point", ["step_rank0:0", "step_rank1:0", "step_rank0:2", "step_rank1:3", "step_rank0:7", "before_checkpoint:0", "before_checkpoint:1"])
+@pytest.mark.parametrize("point", ["step_rank0:0", "step_rank1:2", "step_rank0:7", "before_checkpoint:0", "before_checkpoint:1"])
 def test_a_kill_at_any_moment_leaves_the_run_as_it_was(point, finished, run_config, run_workers, tmp_path, losses):
     config = run_config("r", engine_of("deepspeed", 2))
     codes = run_workers(config, tmp_path, 2, point)

@@ -24,14 +24,12 @@ def model_card(model: ModelFolder, scores: Mapping[str, Mapping[str, float]] | N
         f"| network | width {config.width}, {config.n_blocks} blocks, {config.attention} |",
         f"| latent | {config.latent}, {config.latent_width} wide |",
         f"| context | sentences of at most {model.max_cells} cells of one batch |",
-        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in model.lineage.items()),
+        *(f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |" for name, value in model.lineage.items()),
     ]
     if model.classes:
-        lines.append(f"| cell types | {', '.join(model.classes)} |")
+        lines.append(f"| cell types | {_cell(', '.join(model.classes))} |")
     if scores:
-        metrics = list(next(iter(scores.values())))
-        lines += ["", "## Held-out cells", "", "| method | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-        lines += [f"| {method} | " + " | ".join(f"{row[metric]:.3f}" for metric in metrics) + " |" for method, row in scores.items()]
+        lines += ["", "## Held-out cells", "", *_score_table(scores)]
     lines += [
         "",
         "## Limits",
@@ -41,3 +39,15 @@ def model_card(model: ModelFolder, scores: Mapping[str, Mapping[str, float]] | N
         "- Not a medical device.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _score_table(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
+    head = ["| method | " + " | ".join(map(_cell, metrics)) + " |", "|---" * (len(metrics) + 1) + "|"]
+    values = {method: [f"{row[metric]:.3f}" if metric in row else "" for metric in metrics] for method, row in scores.items()}
+    return [*head, *(f"| {_cell(method)} | " + " | ".join(row) + " |" for method, row in values.items())]
+
+
+def _cell(text: str) -> str:
+    """A name that stays inside its cell of a table, whatever is in it."""
+    return " ".join(str(text).split()).replace("|", "\\|")

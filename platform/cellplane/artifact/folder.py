@@ -1,6 +1,6 @@
 """The model folder: everything a trained model is, readable without cellplane and without pickle.
 
-    manifest.json         format version, lineage, and size + sha256 of every other file; written last
+    manifest.json         format version, lineage, size + sha256 of every other file and of itself; written last
     config.json           the network's configuration, its task, classes and context size
     vocabulary.json       gene ids in order
     weights.safetensors   every tensor of the network, loaded strictly
@@ -11,6 +11,7 @@ No format detects a flipped bit by itself, so nothing is used before its sha256 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -32,7 +34,9 @@ from cellplane.genes import GeneVocabulary
 from cellplane.model.config import ModelConfig
 
 FORMAT_VERSION = 1
+READ_SUFFIXES = (".safetensors", ".json")
 MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "vocabulary.json", "weights.safetensors", "README.md"
+TASKS = ("pretrain", "annotate")
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 
 
@@ -81,16 +85,25 @@ def save_model(model: ModelFolder, path: Path) -> Path:
         "lineage": dict(model.lineage),
         "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
     }
-    write_folder(path, {**files, MANIFEST: _json(manifest)})
+    write_folder(path, {**files, MANIFEST: sealed(manifest)})
     return path
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written: with the sha256 of all the rest of it, so that no bit of it flips unseen either."""
+    return _json({**manifest, "manifest_sha256": hashlib.sha256(_json(manifest)).hexdigest()})
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Files in order into a staging folder, then one rename; an older folder of that name is replaced.
 
-    Raises StorageError, with nothing left behind, when the disk is full or not writable.
+    Raises StorageError, with nothing left behind, when the disk is full or not writable, and when something else than
+    such a folder has that name: what is not ours is never removed.
     """
+    path = Path(path).resolve()
     try:
+        if path.exists() and not _is_ours(path, files):
+            raise StorageError(f"{path} holds something else, which is not replaced; choose another name or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -100,44 +113,96 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             staging.chmod(0o755)
-            old = staging.with_name(staging.name + ".old")
-            if path.exists():
-                path.rename(old)
-            staging.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            _put(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    except StorageError:
+        raise
     except OSError as error:
         existing = next(parent for parent in path.parents if parent.exists())
         free = shutil.disk_usage(existing).free
         raise StorageError(f"cannot write {path}: {error.strerror or error}; {free:,} bytes are free there") from error
 
 
+def _is_ours(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder may be replaced by these files: it holds nothing that they do not, or its manifest is of their kind."""
+    if not path.is_dir():
+        return False
+    if {file.name for file in path.iterdir()} <= files.keys():
+        return True
+    return (path / MANIFEST).is_file() and _kind((path / MANIFEST).read_bytes()) == _kind(files[MANIFEST]) is not None
+
+
+def _kind(manifest: bytes) -> object:
+    try:
+        return json.loads(manifest)["kind"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _put(staging: Path, path: Path) -> None:
+    """Gives the staging folder its name; an older folder of that name is then found under the staging one's."""
+    if not path.exists():
+        staging.rename(path)
+    elif not _exchange(staging, path):
+        old = staging.with_name(staging.name + ".old")
+        path.rename(old)
+        try:
+            staging.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        old.rename(staging)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once, so that a kill leaves one of them whole; False where the system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
-    """The folder's manifest; FileFormatError when there is none, when it is of another kind, or of a newer format."""
+    """The folder's manifest; FileFormatError when there is none, when it is of another kind, or of a newer format.
+
+    IntegrityError when it is not, to the byte, what was written.
+    """
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise FileFormatError(f"{path} is not a {kind} folder: it has no {MANIFEST}")
+    data = file.read_bytes()
     try:
-        manifest = json.loads(file.read_bytes())
-        found, version = manifest["kind"], int(manifest["format_version"])
-        if not isinstance(manifest["files"], dict):
-            raise TypeError("files")
+        manifest = json.loads(data)
+        found, version = manifest["kind"], manifest["format_version"]
+        if not isinstance(version, int) or not isinstance(manifest["files"], dict):
+            raise TypeError("format_version must be a number, files a table")
+        if broken := [name for name, entry in manifest["files"].items() if not _is_entry(entry)]:
+            raise TypeError(f"no size and sha256 for {broken[0]!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{file} is damaged: {error}; restore the folder from where it came") from error
     if found != kind:
         raise FileFormatError(f"{file} describes a {found}, expected a {kind}")
     if version > FORMAT_VERSION:
         raise FileFormatError(f"{file} has format {version}, this cellplane reads up to {FORMAT_VERSION}; upgrade cellplane")
+    if sealed({key: value for key, value in manifest.items() if key != "manifest_sha256"}) != data:
+        raise IntegrityError(f"{file} was changed after it was written; restore the folder from where it came")
     return dict(manifest)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def read_verified(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Manifest and content of every file it lists, each checked against its size and sha256.
 
-    Raises IntegrityError that names the file, what was found and what was expected.
+    Raises IntegrityError that names the file, what was found and what was expected; an unlisted file of a kind that we
+    read (safetensors, JSON) is one too many.
     """
     manifest = read_manifest(path, kind)
+    listed = {*manifest["files"], MANIFEST}
+    if extra := sorted(file.name for file in Path(path).iterdir() if file.suffix in READ_SUFFIXES and file.name not in listed):
+        raise IntegrityError(f"{path} holds {extra[0]}, which its manifest does not know; restore the folder from where it came")
     contents: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
         if Path(name).name != name:
@@ -162,7 +227,7 @@ def _read_model_files(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     manifest, contents = read_verified(path, "cellplane-model")
     if missing := [name for name in CONTENT if name not in contents]:
         raise IntegrityError(f"{path}: the manifest does not list {', '.join(missing)}")
-    if _identity({name: manifest["files"][name]["sha256"] for name in CONTENT}) != manifest["model_sha256"]:
+    if _identity({name: manifest["files"][name]["sha256"] for name in CONTENT}) != manifest.get("model_sha256"):
         raise IntegrityError(f"{path}: the manifest's model_sha256 does not match its files")
     return manifest, contents
 
@@ -175,24 +240,27 @@ def load_model(path: Path) -> ModelFolder:
     manifest, contents = _read_model_files(path)
     try:
         described, genes = json.loads(contents[CONFIG]), json.loads(contents[VOCABULARY])
-        config = ModelConfig(**described["model"])
-        weights = load_safetensors(contents[WEIGHTS])
+        model = ModelFolder(
+            config=TypeAdapter(ModelConfig).validate_python(described["model"]),
+            weights=load_safetensors(contents[WEIGHTS]),
+            vocabulary=GeneVocabulary(gene_ids=tuple(genes["gene_ids"]), namespace=genes["namespace"]),
+            task=described["task"],
+            max_cells=int(described["max_cells"]),
+            classes=tuple(described["classes"]),
+            lineage=manifest["lineage"],
+            card=contents.get(CARD, b"").decode(),
+            manifest=manifest,
+        )
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise FileFormatError(f"{path}: not a readable model: {error}") from error
-    vocabulary = GeneVocabulary(gene_ids=tuple(genes["gene_ids"]), namespace=genes["namespace"])
-    if vocabulary.fingerprint != manifest["vocabulary_fingerprint"] or len(vocabulary) != config.n_genes:
+        raise FileFormatError(f"{path}: not a readable model: {' '.join(str(error).split())}") from error
+    if model.vocabulary.fingerprint != manifest.get("vocabulary_fingerprint") or len(model.vocabulary) != model.config.n_genes:
         raise IntegrityError(f"{path}: {VOCABULARY} is not the vocabulary the model was trained with")
-    return ModelFolder(
-        config=config,
-        weights=weights,
-        vocabulary=vocabulary,
-        task=described["task"],
-        max_cells=described["max_cells"],
-        classes=tuple(described["classes"]),
-        lineage=manifest["lineage"],
-        card=contents.get(CARD, b"").decode(),
-        manifest=manifest,
-    )
+    if model.task not in TASKS or len(model.classes) != model.config.n_classes:
+        raise FileFormatError(
+            f"{path}: a {model.task} model of {len(model.classes)} classes with {model.config.n_classes} outputs; "
+            f"expected {' or '.join(TASKS)}, and an output for each class"
+        )
+    return model
 
 
 def _identity(digests: Mapping[str, str]) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from cellplane.errors import FileFormatError, IntegrityError
+from cellplane.errors import CellplaneError, FileFormatError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.config import ModelConfig
 
@@ -83,8 +84,11 @@ def our_key(key: str) -> str | None:
 
 
 def our_weights(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under our names, float32."""
-    return {name: tensor.float().contiguous() for key, tensor in official.items() if (name := our_key(key)) is not None}
+    """The checkpoint's tensors under our names, float32. Raises IntegrityError for an unknown key, or two of one meaning."""
+    names = {key: name for key in official if (name := our_key(key)) is not None}
+    if len(set(names.values())) < len(names):
+        raise IntegrityError("the checkpoint mixes keys of two kinds of latent space; expected those of one released model")
+    return {name: official[key].float().contiguous() for key, name in names.items()}
 
 
 def read_official(directory: Path, prefix: str) -> tuple[ModelConfig, GeneVocabulary, dict[str, Tensor]]:
@@ -101,19 +105,30 @@ def read_official(directory: Path, prefix: str) -> tuple[ModelConfig, GeneVocabu
             f"no official checkpoint {prefix!r} in {directory}: {config_path.name} and {weights_path.name} are needed"
         ) from error
     except Exception as error:
-        raise FileFormatError(f"{directory / prefix}: not a readable official checkpoint: {str(error).splitlines()[0]}") from error
-    weights = our_weights(official)
-    vocabulary = GeneVocabulary.from_ids(raw["gene_list"])
-    if len(vocabulary) != len(weights["embedder.genes_GD"]):
-        raise IntegrityError(f"{prefix}: {len(vocabulary)} genes are named but {len(weights['embedder.genes_GD'])} have vectors")
-    return _model_config(raw, weights), vocabulary, weights
+        raise FileFormatError(f"{directory / prefix}: not a readable official checkpoint: {_first_line(error)}") from error
+    try:
+        weights = our_weights(official)
+        vocabulary = GeneVocabulary.from_ids(raw["gene_list"])
+        if len(vocabulary) != len(weights["embedder.genes_GD"]):
+            raise IntegrityError(f"{prefix}: {len(vocabulary)} genes are named but {len(weights['embedder.genes_GD'])} have vectors")
+        return _model_config(raw, weights), vocabulary, weights
+    except CellplaneError:
+        raise
+    except KeyError as error:
+        raise IntegrityError(f"{prefix}: the released checkpoints have {error.args[0]!r}, this one does not") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{prefix}: not what a released checkpoint holds: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _model_config(raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelConfig:
     def rows(key: str) -> int:
         return len(weights[key]) if key in weights else 0
 
-    return ModelConfig(
+    config = ModelConfig(
         n_genes=rows("embedder.genes_GD"),
         width=raw["enc_hid"],
         n_blocks=raw["enc_layers"],
@@ -132,3 +147,4 @@ def _model_config(raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Mode
         kl_weight=raw["w_li"],
         cluster_weight=raw["w_en"],
     )
+    return TypeAdapter(ModelConfig).validate_python(config.as_dict())  # a kind that we do not have is found here

@@ -73,10 +73,8 @@ def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
             raise
         typer.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the command line turns Ctrl-C inside a verb into Abort
         typer.echo("stopped; run the same command again to go on from here", err=True)
-        code = INTERRUPTED
-    except typer.Abort:
         code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):

@@ -31,7 +31,7 @@ def softmax(q_CHK: Tensor, k_CHK: Tensor, v_CHK: Tensor, cu_seqlens: Tensor) -> 
 def _per_sentence(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     lengths = cu_seqlens.diff().tolist()
     parts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
-    return torch.cat([kernel(*part) for part in parts])
+    return torch.cat([kernel(*part) for part in parts]) if lengths else v
 
 
 def _flow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -76,6 +76,11 @@ class ModelConfig:
             raise ValueError(f"width {self.width} and decoder_width {self.decoder_width} must be multiples of 4, the groups of GroupNorm")
         if self.width % self.n_heads:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads}")
+        if self.n_classes and (self.decoder != "none" or self.latent != "ae"):
+            raise ValueError(
+                "a head trains neither a decoder nor a variational latent: with n_classes set decoder none and latent ae, "
+                f"found {self.decoder} and {self.latent}"
+            )
         if not 0 <= self.dropout < 1 or not 0 <= self.head_dropout < 1:
             raise ValueError(f"dropout {self.dropout} and head_dropout {self.head_dropout} must lie in [0, 1)")
 

@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     def attention(self, a_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
         """Attention among the cells of each sentence, projected back to [C, D]."""
-        q_CHK, k_CHK, v_CHK = (layer(a_CD).view(len(a_CD), self.n_heads, -1) for layer in (self.query, self.key, self.value))
+        q_CHK, k_CHK, v_CHK = (layer(a_CD).unflatten(1, (self.n_heads, -1)) for layer in (self.query, self.key, self.value))
         mixed_CD = self.attend(q_CHK, k_CHK, v_CHK, cu_seqlens).flatten(1)
         return dropout(self.out(mixed_CD), ATTENTION_DROPOUT, noise, f"{self.site}.attention")
 

@@ -35,8 +35,13 @@ def kept_cells(sizes: NDArray[np.int64], config: MaskingConfig) -> NDArray[np.in
 
 
 def chosen_cells(sizes: NDArray[np.int64], config: MaskingConfig) -> NDArray[np.int64]:
-    """Cells of each sentence that get genes hidden, from sizes alone: a sentence's weight in the loss."""
+    """Cells of each sentence that get genes hidden, from sizes alone: a sentence's weight in the loss.
+
+    At least one of a sentence that has any, unless the rate is 0.
+    """
     kept = kept_cells(sizes, config)
+    if config.cell_mask_rate == 0:
+        return np.zeros_like(kept)
     chosen: NDArray[np.int64] = np.minimum(kept, np.maximum(1, np.rint(kept * config.cell_mask_rate).astype(np.int64)))
     return chosen
 
@@ -45,7 +50,7 @@ def drop_cells(batch: CellBatch, config: MaskingConfig) -> CellBatch:
     """The batch with a random share of every sentence's cells left out."""
     if config.drop_cell_rate == 0:
         return batch
-    kept = []
+    kept = [np.zeros(0, dtype=np.int64)]
     for (start, end), seed in zip(batch.spans(), batch.sentence_seed.tolist(), strict=True):
         wanted = int(kept_cells(np.array([end - start]), config)[0])
         order = np.random.default_rng(keyed_seed(seed, "drop")).permutation(end - start)

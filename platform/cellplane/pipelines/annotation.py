@@ -96,8 +96,8 @@ class CellTypeAnnotationPipeline:
         kept, held_out = stratified_split(table.labels[known], self.config.validation_share, self.config.seed)
         if len(held_out) == 0:
             raise DataError(
-                f"a validation_share of {self.config.validation_share} holds out none of {len(known)} labelled cells in {len(classes)} types, "
-                "but some must choose the best step; raise it, or label more cells of each type"
+                f"a validation_share of {self.config.validation_share} holds out none of {len(known)} labelled cells, but some must choose "
+                "the best step; raise it, or label more cells of each type"
             )
         network = self._network(len(vocabulary), len(classes))
         stores = tuple(memory_store(table.rows(known[rows]), self.config.max_cells) for rows in (kept, held_out))

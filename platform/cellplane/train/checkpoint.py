@@ -22,7 +22,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from cellplane.artifact.folder import FORMAT_VERSION, MANIFEST, read_verified, write_folder
+from cellplane.artifact.folder import FORMAT_VERSION, MANIFEST, read_verified, sealed, write_folder
 from cellplane.errors import CheckpointError, DataError, IntegrityError
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Checkpoints:
         listed = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
         manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": KIND, "files": listed}
         path = self.folder / f"step-{state.step:08d}"
-        write_folder(path, {**files, MANIFEST: json.dumps(manifest, indent=1).encode()})
+        write_folder(path, {**files, MANIFEST: sealed(manifest)})
         found = self.found()
         newest = found.index(path)
         for stale in (*found[: max(newest + 1 - self.keep, 0)], *found[newest + 1 :]):  # a run never goes back: what is newer was damaged

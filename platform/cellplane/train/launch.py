@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +41,7 @@ from cellplane.train.objective import MaskedObjective
 
 log = logging.getLogger(__name__)
 
+SETTLING_S = 10.0  # a job that has just ended gives its CPUs back a little later
 DETERMINING = ("model", "masking", "plan", "optimizer")  # sections that change the numbers; workers, engine and keeping do not
 
 
@@ -146,14 +150,18 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
 def _check_room(config: PretrainConfig) -> None:
     """A cluster too small for the workers is an error, a busy one worth a word: Ray itself waits without an end."""
     wanted = config.workers.count * config.workers.cpus
-    existing, free = (resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    existing = ray.cluster_resources().get("CPU", 0.0)
     if existing < wanted:
         raise ServiceError(
             f"{config.workers.count} workers of {config.workers.cpus} CPUs need {wanted} CPUs, the cluster has {existing:g}; "
             "start fewer (-o workers.count=1), the losses stay the same"
         )
-    if free < wanted:
-        log.warning("waiting for CPUs: the run needs %d, %g of %g are free; another job or an endpoint holds the rest", wanted, free, existing)
+    deadline = time.monotonic() + SETTLING_S
+    while ray.available_resources().get("CPU", 0.0) < wanted:
+        if time.monotonic() > deadline:
+            log.warning("waiting for CPUs: the run needs %d of %g, another job or an endpoint holds too many", wanted, existing)
+            return
+        time.sleep(0.2)
 
 
 def _fit(config: PretrainConfig, folder: RunFolder) -> None:
@@ -174,9 +182,24 @@ def _fit(config: PretrainConfig, folder: RunFolder) -> None:
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=workers.collective_timeout_s),
     )
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except Exception as error:
         raise TrainingError(f"run {config.run} failed: {_innermost(error)}; run it again to go on from the last checkpoint") from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: Ray Train takes over SIGINT, keeps it, and ends the process with code 0 and no word."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if here:
+            signal.signal(signal.SIGINT, before)
 
 
 def _innermost(error: BaseException) -> str:

@@ -1,0 +1,144 @@
+"""Files are answered once each, whole or not at all, as the same model answers in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cellplane.artifact.folder import ModelFolder, save_model
+from cellplane.batch import PredictConfig, check_predict, predict_file, predict_files
+from cellplane.data.config import DataKeys, SimulateConfig
+from cellplane.data.simulate import simulate
+from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
+from cellplane.errors import ConfigError, DataError, ServiceError
+from cellplane.genes import GeneVocabulary
+from cellplane.model.cellplm import new_model
+from cellplane.model.config import ModelConfig
+from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
+from cellplane.pipelines.embedding import CellEmbeddingPipeline
+
+KEYS = DataKeys(batch_key="batch")
+
+
+def make_model(path: Path, seed: int) -> Path:
+    """An annotator of random weights."""
+    genes = [f"GENE{gene:04d}" for gene in range(1, 41)]
+    config = ModelConfig(
+        n_genes=40, width=16, n_heads=2, n_blocks=1, latent="ae", latent_width=8, decoder="none", n_classes=3, gene_init_sd=0.5
+    )
+    vocabulary = GeneVocabulary.from_ids(genes)
+    weights = new_model(config, seed).state_dict()
+    folder = ModelFolder(config=config, weights=weights, vocabulary=vocabulary, task="annotate", max_cells=16, classes=("a", "b", "c"))
+    return save_model(folder, path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("batch") / "model", 0)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files of cells with a damaged one between them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for number, name in enumerate(("one", "two")):
+        write_h5ad(simulate(SimulateConfig(n_cells=50 + 10 * number, n_genes=40, n_types=3, seed=number)), folder / f"{name}.h5ad")
+    (folder / "broken.h5ad").write_bytes((folder / "one.h5ad").read_bytes()[:9000])
+    return [folder / "one.h5ad", folder / "broken.h5ad", folder / "two.h5ad"]
+
+
+def config_for(model: Path, inputs: list[Path], out: Path, changes: Mapping[str, object] | None = None) -> PredictConfig:
+    plain = {"model": str(model), "inputs": [str(path) for path in inputs], "out": str(out), "keys": KEYS.model_dump()}
+    return PredictConfig.model_validate({**plain, **(changes or {})})
+
+
+def expected_of(model: Path, path: Path) -> AnnData:
+    """The file with the answer of the estimator in it."""
+    torch.set_num_threads(1)
+    data = read_h5ad(path)
+    pipeline = CellTypeAnnotationPipeline.load(model)
+    pipeline.config = pipeline.config.model_copy(update={"keys": KEYS})
+    pipeline.predict(data, key_added="cellplm")
+    return data
+
+
+@pytest.mark.cluster
+def test_files_are_annotated_in_tasks_and_a_broken_one_is_named(ray_cluster, model, inputs, tmp_path):
+    report = predict_files(config_for(model, inputs, tmp_path / "out"))
+    assert report.written == (tmp_path / "out" / "one.h5ad", tmp_path / "out" / "two.h5ad")
+    assert report.cells == 110
+    assert list(report.failed) == [str(inputs[1])]
+    assert "broken.h5ad" in report.failed[str(inputs[1])]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.h5ad", "two.h5ad"]
+    for path in (inputs[0], inputs[2]):
+        found, expected = read_h5ad(tmp_path / "out" / path.name), expected_of(model, path)
+        assert found.obs_names.tolist() == expected.obs_names.tolist()
+        assert found.obs["cellplm_cell_type"].tolist() == expected.obs["cellplm_cell_type"].tolist()
+        np.testing.assert_allclose(found.obsm["cellplm_cell_type_proba"], expected.obsm["cellplm_cell_type_proba"], atol=1e-6)
+        np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+        assert found.uns["cellplm"]["model_sha256"] == expected.uns["cellplm"]["model_sha256"]
+
+
+@pytest.mark.cluster
+def test_a_second_run_does_only_what_is_missing(ray_cluster, model, inputs, tmp_path):
+    good = [inputs[0], inputs[2]]
+    config = config_for(model, good, tmp_path / "out")
+    predict_files(config_for(model, good[:1], tmp_path / "out"))
+    before = (tmp_path / "out" / "one.h5ad").stat().st_mtime_ns
+    report = predict_files(config)
+    assert (report.written, report.reused) == ((tmp_path / "out" / "two.h5ad",), (tmp_path / "out" / "one.h5ad",))
+    assert (tmp_path / "out" / "one.h5ad").stat().st_mtime_ns == before
+    assert predict_files(config).reused == (tmp_path / "out" / "one.h5ad", tmp_path / "out" / "two.h5ad")
+
+
+@pytest.mark.cluster
+def test_cells_are_embedded_in_tasks(ray_cluster, model, inputs, tmp_path):
+    predict_files(config_for(model, inputs[:1], tmp_path, {"task": "embed"}))
+    latent = CellEmbeddingPipeline(model, KEYS).predict(read_h5ad(inputs[0]))
+    np.testing.assert_allclose(read_h5ad(tmp_path / "one.h5ad").obsm["X_cellplm"], latent, atol=1e-5)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("change", ["model", "task", "input", "damage"])
+def test_an_answer_of_another_kind_is_not_taken_for_done(ray_cluster, model, inputs, tmp_path, change):
+    out = tmp_path / "out"
+    out.mkdir()
+    source = tmp_path / "one.h5ad"
+    source.write_bytes(inputs[0].read_bytes())
+    predict_file("annotate", model, KEYS, (source, out / "one.h5ad"))
+    other = {"model": str(make_model(tmp_path / "other", 1))} if change == "model" else {"task": "embed"} if change == "task" else {}
+    if change == "input":
+        later = (out / "one.h5ad").stat().st_mtime_ns + 1_000_000_000
+        os.utime(source, ns=(later, later))
+    if change == "damage":
+        (out / "one.h5ad").write_bytes(b"half")
+    report = predict_files(config_for(model, [source], out, other))
+    assert [path.name for path in report.written] == ["one.h5ad"]
+    assert not report.reused
+
+
+def test_the_input_is_never_overwritten(model, inputs, tmp_path):
+    with pytest.raises(ConfigError, match="would overwrite it"):
+        check_predict(config_for(model, inputs[:1], inputs[0].parent))
+
+
+def test_what_is_missing_is_named_before_any_work(model, inputs, tmp_path):
+    for name in ("model", "inputs", "out"):
+        empty: object = [] if name == "inputs" else ""
+        with pytest.raises(ConfigError, match=f"{name} is empty"):
+            check_predict(config_for(model, inputs, tmp_path, {name: empty}))
+    with pytest.raises(DataError, match=r"nowhere\.h5ad: no such file"):
+        check_predict(config_for(model, [tmp_path / "nowhere.h5ad"], tmp_path))
+    with pytest.raises(ConfigError, match="same file name"):
+        check_predict(config_for(model, [inputs[0], tmp_path / "one.h5ad"], tmp_path))
+
+
+def test_without_ray_the_error_says_how_to_start_it(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(ServiceError, match="cellplane up"):
+        predict_files(config_for(model, inputs[:1], tmp_path))
