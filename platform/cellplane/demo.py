@@ -83,8 +83,8 @@ def run_demo(keep: bool, seed: int, overrides: Sequence[str], say: Say) -> dict[
     demo = Demo(seed, say, home() / "demo" / f"seed{seed}")
     owner = home() / "demo" / "started-the-stack"
     began = time.monotonic()
+    _room(demo)
     try:
-        _room(demo)
         if running() is None:
             owner.touch()
         for number, (title, step) in enumerate(_steps(keep, overrides), start=1):

@@ -56,8 +56,10 @@ def test_the_same_input_gives_the_same_sentences_and_another_seed_others():
 
 def test_a_key_is_split_alike_whatever_other_keys_there_are():
     alone = contexts(["a"] * 23, 23, 10)
-    beside = contexts(["a"] * 23 + ["b"] * 40, 63, 10)
-    assert same(alone, beside[:3])
+    after = contexts(["b"] * 40 + ["a"] * 23, 63, 10)
+    before = contexts(["a"] * 23 + ["b"] * 40, 63, 10)
+    assert same(alone, before[:3])
+    assert same(alone, [rows - 40 for rows in after[-3:]])
 
 
 def test_no_cells_are_no_sentences():

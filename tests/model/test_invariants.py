@@ -17,7 +17,7 @@ from cellplane.cells import CellBatch
 from cellplane.model.attention import ATTENTION
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.model.config import MaskingConfig, ModelConfig
-from cellplane.model.losses import negative_binomial, sentence_mean
+from cellplane.model.losses import negative_binomial, reconstruction, sentence_mean
 from cellplane.model.masking import Mask, mask_genes, mask_of
 from cellplane.model.noise import Noise
 from tests.tiny import ANNOTATOR, N_GENES, TINY, dense, dense_batch, random_batch, random_counts
@@ -330,6 +330,18 @@ def test_the_loss_of_a_sentence_does_not_depend_on_what_it_is_packed_with():
     for index, ((start, end), part) in enumerate(zip(batch.spans(), batch.sentences(), strict=True)):
         alone = network(part, mask_of(part, mask.hidden_CG[start:end])).loss.total
         torch.testing.assert_close(packed[index], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_only_cells_with_hidden_values_are_scored():
+    network, batch = learned(TINY), random_batch([6])
+    hidden = torch.zeros(6, N_GENES, dtype=torch.bool)
+    hidden[1:4, ::3] = True
+    mask = mask_of(batch, hidden)
+    full, alone = reconstruction(batch, mask, *network.decoder(network(batch, mask).latent, batch, None))
+    nb, nb_hidden = network(batch, mask).loss.parts[:2, 0]
+    torch.testing.assert_close((nb, nb_hidden), (full[1:4].mean(), alone[1:4].mean()))
+    assert alone.gt(0).tolist() == [False, True, True, True, False, False]
 
 
 def test_an_unlabelled_sentence_costs_nothing_and_unlabelled_cells_are_left_out():

@@ -64,7 +64,7 @@ def load(oracle: Path, prefix: str, **changes: object) -> CellPLM:
 @pytest.mark.parametrize("name", ["embed_scrna", "embed_subset", "embed_first20"])
 def test_embedding_equals_the_released_model_at_every_stage(oracle: Path, name: str) -> None:
     arrays, model = np.load(oracle / f"{name}.npz"), load(oracle, "tiny_gmvae")
-    batch = batch_of(arrays["x"], arrays["gene_index"] if "gene_index" in arrays else None)
+    batch = batch_of(arrays["x"], arrays.get("gene_index"))
     with torch.no_grad():
         near(model.embedder.gene_sum(batch, None), arrays["gene_sum"])
         hidden = model.embedder(batch, None, None)
@@ -87,7 +87,9 @@ def test_posterior_given_the_released_cluster_sample_is_the_same(oracle: Path) -
     near(variance, arrays["lat_var"])
 
 
-@pytest.mark.parametrize(("key", "batches", "datasets"), [("mean", True, True), ("mean_nolabels", False, False), ("mean_batch_only", True, False)])
+@pytest.mark.parametrize(
+    ("key", "batches", "datasets"), [("mean", True, True), ("mean_nolabels", False, False), ("mean_batch_only", True, False)]
+)
 def test_decoder_equals_the_released_one_with_and_without_labels(oracle: Path, key: str, batches: bool, datasets: bool) -> None:
     arrays, model = np.load(oracle / "decoder.npz"), load(oracle, "tiny_gmvae")
     batch = batch_of(arrays["x"])

@@ -12,6 +12,7 @@ from cellplane.artifact.folder import ModelFolder, load_model
 from cellplane.artifact.official import read_official
 from cellplane.config import Config, home, validate
 from cellplane.errors import ConfigError, DataError
+from cellplane.inference import build_network
 from cellplane.tracking.registry import resolve_model
 
 OFFICIAL_MAX_CELLS = 4000  # max_batch_size of the released configurations
@@ -38,7 +39,7 @@ def official_model(directory: Path, prefix: str) -> ModelFolder:
     if (directory / prefix / "manifest.json").is_file():
         return load_model(directory / prefix)
     config, vocabulary, weights = read_official(directory, prefix)
-    return ModelFolder(
+    folder = ModelFolder(
         config=config,
         weights=weights,
         vocabulary=vocabulary,
@@ -46,6 +47,8 @@ def official_model(directory: Path, prefix: str) -> ModelFolder:
         max_cells=OFFICIAL_MAX_CELLS,
         lineage={"source": f"official checkpoint {prefix}"},
     )
+    build_network(folder)  # a tensor missing or misshapen is found here, not when the model is first used
+    return folder
 
 
 def as_config(cls: type[Any], config: Config | Mapping[str, Any] | None, default: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from pydantic import Field, create_model, model_validator
 
@@ -104,6 +104,12 @@ class PretrainConfig(Config):
     """MLflow server or database; None: $MLFLOW_TRACKING_URI, else a database under $CELLPLANE_HOME."""
     register_as: str | None = None
     """Name in the model registry; None: the model is logged but not registered."""
+
+    @model_validator(mode="after")
+    def _something_to_recover(self) -> Self:
+        if self.masking.cell_mask_rate == 0:
+            raise ValueError("masking.cell_mask_rate is 0: nothing would be hidden, so nothing learned")
+        return self
 
 
 def _model_file() -> type[Config]:
