@@ -119,7 +119,7 @@ def test_a_demo_killed_while_it_pre_trains_is_started_again_and_leaves_nothing_b
     assert float(difference[1]) <= 1e-5
     assert re.search(r"registered +models:/cellplm-annotate-pbmc68k@champion = version 1", done.stdout)
     assert not (home / "stack.json").exists()
-    gone, alive = psutil.wait_procs(left, timeout=30)
+    _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive
     steps = [json.loads(line)["step"] for line in (home / "runs" / "demo-pretrain-seed0" / "journal.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 201))

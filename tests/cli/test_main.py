@@ -185,6 +185,18 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(run, monkeypatch):
     assert "Traceback" not in said.err
 
 
+def test_a_polite_kill_ends_like_ctrl_c():
+    """SIGTERM while a verb works: its own process, because the handler is the process's."""
+    wait = "import time, cellplane.cluster as c; c.status = lambda *_: (print('working', flush=True), time.sleep(60))"
+    code = f"import sys; {wait}; from cellplane.cli.main import main; sys.exit(main(['status']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "working\n"
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "stopped; run the same command again to go on from here\n"
+
+
 def test_an_error_of_ours_is_shown_whole_when_debugging(monkeypatch, run):
     monkeypatch.setenv("CELLPLANE_DEBUG", "1")
     with pytest.raises(Exception, match="shards is empty"):

@@ -73,14 +73,15 @@ def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
             raise
         typer.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):  # the command line turns Ctrl-C inside a verb into Abort
-        typer.echo("stopped; run the same command again to go on from here", err=True)
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise  # not a usage error of the command line: a defect, shown whole
         error.show()
         code = error.exit_code
+    if code == INTERRUPTED:  # typer itself turns Ctrl-C inside a verb into this code, in silence
+        typer.echo("stopped; run the same command again to go on from here", err=True)
     return code if isinstance(code, int) else 0
 
 

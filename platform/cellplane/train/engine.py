@@ -175,6 +175,7 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=new_optimizer(model, config), config=settings)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._restored = state
+        self._sharded = engine.zero_stage > 0  # at stage 0 there is a plain optimizer, which DeepSpeed's own access functions do not see
 
     def step(self, works: Sequence[Work], total: float, step: int) -> StepResult:
         """See Engine. Short steps are filled up to the planned accumulation with work of weight 0."""
@@ -206,25 +207,39 @@ class DeepSpeedEngine:
 
     def state(self, step: int, identity: str) -> TrainingState:
         """See Engine; gathers what ZeRO sharded."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param
 
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            weights[name] = _gathered(safe_get_full_fp32_param(parameter), name)
+            weights[name] = _gathered(safe_get_full_fp32_param(parameter) if self._sharded else parameter, name)
             for moment in MOMENTS:
-                moments[f"{moment}:{name}"] = _gathered(safe_get_full_optimizer_state(parameter, moment), name)
+                moments[f"{moment}:{name}"] = _gathered(self._moment(parameter, moment), name)
         return TrainingState(step, weights, moments, identity)
+
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self._sharded:
+            found: Tensor | None = safe_get_full_optimizer_state(parameter, moment)
+            return found
+        return _inner_optimizer(self.engine).state.get(parameter, {}).get(moment)
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self._sharded:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            _inner_optimizer(self.engine).state[parameter][moment].copy_(value)
 
     def _restore(self, state: TrainingState, work: Work) -> None:
         """Puts the moments back after one step at learning rate 0 and loss 0 has made DeepSpeed create them (STACK.md 9)."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         nothing = Work(work.batch, work.mask, torch.zeros_like(work.weights), work.key)
         self._accumulate([nothing], 1.0, 0.0)
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state.optimizer[f"{moment}:{name}"], moment)
+                self._set_moment(parameter, moment, state.optimizer[f"{moment}:{name}"])
         for slot in _inner_optimizer(self.engine).state.values():
             if "step" in slot:
                 slot["step"] = torch.full_like(torch.as_tensor(slot["step"], dtype=torch.float32), float(state.step))
