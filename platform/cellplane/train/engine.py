@@ -223,12 +223,17 @@ class DeepSpeedEngine:
         if self._sharded:
             found: Tensor | None = safe_get_full_optimizer_state(parameter, moment)
             return found
-        return _inner_optimizer(self.engine).state.get(parameter, {}).get(moment)
+        plain: Mapping[str, Tensor] = _inner_optimizer(self.engine).state.get(parameter, {})
+        return plain.get(moment)
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self._sharded:
+        if hasattr(parameter, "ds_tensor"):  # ZeRO 3: its full setter fails where a tensor's size is no multiple of the workers
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+            safe_set_local_optimizer_state(parameter, padded[size * self.rank : size * (self.rank + 1)], moment)
+        elif self._sharded:
             safe_set_full_optimizer_state(parameter, value, moment)
         else:
             _inner_optimizer(self.engine).state[parameter][moment].copy_(value)
