@@ -160,6 +160,7 @@ def deploy(config: ServeConfig) -> Deployed:
 
 def undeploy() -> None:
     """Take the endpoint down; Serve itself too when nothing else runs on it, so that the port is free again."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if APP in serve.status().applications:
         serve.delete(APP)
     if not serve.status().applications:

@@ -25,11 +25,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray cluster of two CPUs for the whole test session."""
+    """One local Ray cluster of two CPUs for the whole test session; its workers' lines would land in other tests' output."""
     import ray
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cp-", ignore_cleanup_errors=True) as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=True, configure_logging=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, configure_logging=False)
         yield
         ray.shutdown()

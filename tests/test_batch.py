@@ -21,6 +21,7 @@ from cellplane.model.cellplm import new_model
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.pipelines.embedding import CellEmbeddingPipeline
+from tests.tiny import TINY, tiny_folder
 
 KEYS = DataKeys(batch_key="batch")
 
@@ -136,6 +137,12 @@ def test_what_is_missing_is_named_before_any_work(model, inputs, tmp_path):
         check_predict(config_for(model, [tmp_path / "nowhere.h5ad"], tmp_path))
     with pytest.raises(ConfigError, match="same file name"):
         check_predict(config_for(model, [inputs[0], tmp_path / "one.h5ad"], tmp_path))
+
+
+def test_a_model_that_cannot_do_the_task_is_refused_before_any_work(inputs, tmp_path):
+    path = save_model(tiny_folder(TINY), tmp_path / "pretrained")  # it embeds, it does not annotate
+    with pytest.raises(ConfigError, match="cannot annotate, it can embed"):
+        check_predict(PredictConfig(model=str(path), inputs=tuple(map(str, inputs)), out=str(tmp_path / "out")))
 
 
 def test_without_ray_the_error_says_how_to_start_it(model, inputs, tmp_path, monkeypatch):

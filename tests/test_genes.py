@@ -90,7 +90,7 @@ def test_aligning_tells_what_is_shared_and_what_is_left_out():
 
 
 def test_too_few_shared_genes_are_refused_naming_both_sides():
-    with pytest.raises(VocabularyError, match=r"0 of 20 genes .*ensembl_human.* at least 10 .*symbol.*GENE0"):
+    with pytest.raises(VocabularyError, match=r"0 of 20 genes .* at least 10 .*ensembl_human.*symbol.*GENE0"):
         GeneVocabulary.from_ids(HUMAN).align(SYMBOLS)
 
 
@@ -109,3 +109,11 @@ def test_two_columns_for_one_gene_are_refused():
 def test_no_columns_at_all_are_refused():
     with pytest.raises(VocabularyError, match="0 of 0"):
         GeneVocabulary.from_ids(SYMBOLS).align([])
+
+
+def test_a_panel_that_is_too_small_is_told_from_wrong_names():
+    vocabulary = GeneVocabulary.from_ids([f"GENE{n}" for n in range(40)])
+    with pytest.raises(VocabularyError, match=r"8 of 8 genes .* measured too few genes"):
+        vocabulary.align([f"GENE{n}" for n in range(8)])
+    with pytest.raises(VocabularyError, match="same naming scheme and species"):
+        vocabulary.align([f"ENSMUSG{n:011d}" for n in range(40)])

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
 from cellplane.data.config import DataKeys
+from cellplane.data.convert import quiet_ray_data
 from cellplane.data.sources import read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
-from cellplane.inference import Predictor, query_keys, read_cells, record, write_annotation
+from cellplane.inference import TASKS, Predictor, query_keys, read_cells, record, write_annotation
 from cellplane.tracking.registry import resolve_model
 
 ANSWERS = {"annotate": "cellplm_cell_type_proba", "embed": "X_cellplm"}  # what an answer to each task holds in obsm
@@ -61,16 +62,15 @@ def predict_files(config: PredictConfig) -> PredictReport:
     import ray
     import ray.data
 
-    inputs, out = check_predict(config), Path(config.out).absolute()
+    (inputs, model, sha256), out = check_predict(config), Path(config.out).absolute()
     if not ray.is_initialized():
         raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
-    model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
     out.mkdir(parents=True, exist_ok=True)
-    sha256 = verify_model(model)["model_sha256"]
     todo = [path for path in inputs if not _is_done(path, out / path.name, config.task, sha256)]
     tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
     settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
-    rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
+    with quiet_ray_data():
+        rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
     found = {row["input"]: json.loads(row["answer"]) for row in rows}
     answers = [found[str(task["input"])] for task in tasks]  # tasks end in any order
     return PredictReport(
@@ -81,8 +81,8 @@ def predict_files(config: PredictConfig) -> PredictReport:
     )
 
 
-def check_predict(config: PredictConfig) -> list[Path]:
-    """The input files, before any cluster is asked; raises as `predict_files`, but for the cluster."""
+def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
+    """Input files, model folder and its checksum, before any cluster is asked; raises as `predict_files`, but for the cluster."""
     for name in ("model", "inputs", "out"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
@@ -94,7 +94,11 @@ def check_predict(config: PredictConfig) -> list[Path]:
             raise DataError(f"{path}: no such file")
         if path.resolve().parent == Path(config.out).resolve():
             raise ConfigError(f"the answer for {path} would overwrite it: choose another folder for out")
-    return inputs
+    model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
+    manifest = verify_model(model)
+    if config.task not in (can := TASKS[manifest["task"]]):
+        raise ConfigError(f"{config.model} cannot {config.task}, it can {', '.join(can)}; name a model that was fine-tuned for it")
+    return inputs, model, manifest["model_sha256"]
 
 
 def _is_done(source: Path, answer: Path, task: str, sha256: str) -> bool:

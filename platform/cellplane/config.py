@@ -126,6 +126,8 @@ def _finding(cls: type[Config], item: Any) -> str:
         nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
         return f"unknown key {place!r}{hint}"
+    if item["type"] == "missing":
+        return f"{place} is not set: put it into the file, or give -o {place}=... or the option of that name"
     return f"{place}: {item['msg']}, found {item['input']!r}"
 
 

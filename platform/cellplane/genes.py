@@ -87,11 +87,7 @@ class GeneVocabulary:
         alignment = GeneAlignment(positions=positions, n_vocabulary=len(self), source_namespace=namespace_of(list(gene_ids)))
         needed = min(MINIMUM_SHARED_GENES, len(self))
         if alignment.n_shared < needed:
-            raise VocabularyError(
-                f"{alignment.n_shared} of {len(positions)} genes are in the model's vocabulary ({len(self)} genes, {self.namespace}, e.g. "
-                f"{list(self.gene_ids[:2])}), at least {needed} are needed; yours look like {alignment.source_namespace}, e.g. "
-                f"{[str(gene) for gene in gene_ids[:2]]}: use the same naming scheme and species as the model"
-            )
+            raise VocabularyError(self._too_few(alignment, gene_ids, needed))
         shared = positions[positions >= 0]
         if len(np.unique(shared)) != len(shared):
             raise VocabularyError(
@@ -99,6 +95,16 @@ class GeneVocabulary:
                 "stripped; sum or drop the repeated columns first"
             )
         return alignment
+
+    def _too_few(self, alignment: GeneAlignment, gene_ids: Sequence[str], needed: int) -> str:
+        found = f"{alignment.n_shared} of {len(alignment.positions)} genes are in the model's vocabulary, at least {needed} are needed"
+        if 2 * alignment.n_shared > len(alignment.positions):
+            return f"{found}: the data measured too few genes for this model"
+        own, theirs = list(self.gene_ids[:2]), [str(gene) for gene in gene_ids[:2]]
+        return (
+            f"{found}; the model's are {self.namespace}, e.g. {own}, yours look like {alignment.source_namespace}, e.g. {theirs}: "
+            "use the same naming scheme and species as the model"
+        )
 
 
 @dataclass(frozen=True)

@@ -347,8 +347,8 @@ def test_files_are_embedded(ray_cluster, run, h5ad, base_model):
     assert said.code == 0
     assert read_h5ad(Path("answers/train.h5ad")).obsm["X_cellplm"].shape == (200, 16)
     cannot = run("predict", "annotate", h5ad, "--model", model, "--out", "others")
-    assert cannot.code == 3
-    assert "fine-tune it" in cannot.err
+    assert cannot.code == 2
+    assert "fine-tuned for it" in cannot.err
 
 
 def test_json_is_one_object_on_one_line(run):

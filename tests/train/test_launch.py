@@ -6,10 +6,10 @@ import pytest
 
 from cellplane.artifact.folder import load_model
 from cellplane.data.shards import read_manifest
-from cellplane.errors import CheckpointError, ConfigError, ServiceError, TrainingError
+from cellplane.errors import CheckpointError, ConfigError, IntegrityError, ServiceError, TrainingError
 from cellplane.inference import Predictor
 from cellplane.tracking.journal import Journal
-from cellplane.train.launch import RunFolder, describe_run, full_model_config, pretrain, run_identity, run_worker
+from cellplane.train.launch import RunFolder, _cause, describe_run, full_model_config, pretrain, run_identity, run_worker
 from tests.train.conftest import STEPS
 
 TORCH = {"engine": {"name": "torch"}}
@@ -58,6 +58,24 @@ def test_a_run_folder_of_other_data_or_settings_is_refused(run_config, cellplane
     run_worker(run_config("a", TORCH), 1, 0, lambda metrics: None)
     with pytest.raises(CheckpointError, match="another configuration or other data"):
         pretrain(run_config("a", {**TORCH, "plan": {"seed": 1}}))
+
+
+@pytest.mark.cluster
+def test_shards_are_found_by_a_path_relative_to_where_the_person_is(ray_cluster, run_config, shards, cellplane_home, monkeypatch):
+    """Workers have working folders of their own."""
+    monkeypatch.chdir(shards.parent)
+    config = run_config("relative", {**TORCH, "shards": shards.name, "workers": {"count": 1}})
+    assert pretrain(config).steps == STEPS
+
+
+def test_an_error_in_the_data_is_not_dressed_up_as_a_failed_run():
+    damaged = IntegrityError("shard a.arrow is damaged")
+    wrapped = TrainingError("worker group failed")
+    wrapped.worker_failures = {0: damaged}
+    assert _cause(wrapped) is damaged
+    outer = RuntimeError("outer")
+    outer.__cause__ = damaged
+    assert _cause(outer) is damaged
 
 
 @pytest.mark.cluster

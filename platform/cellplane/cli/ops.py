@@ -64,13 +64,19 @@ def config_show(name: Annotated[str, typer.Argument(help="File, or KIND/NAME of 
 
 
 @config_app.command("list")
-def config_list() -> None:
+def config_list(as_json: Json = False) -> None:
     """The shipped configurations."""
     from cellplane.config import configs_root
 
-    for path in sorted(configs_root().glob("*/*.yaml")):
-        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        typer.echo(f"{path.parent.name + '/' + path.stem:<24} {first}")
+    found = {
+        f"{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        for path in sorted(configs_root().glob("*/*.yaml"))
+    }
+    if as_json:
+        answer(found, True)
+        return
+    for name, purpose in found.items():
+        typer.echo(f"{name:<24} {purpose}")
 
 
 def up(config: ConfigOption = "local", override: Overrides = None, as_json: Json = False) -> None:
@@ -83,11 +89,15 @@ def up(config: ConfigOption = "local", override: Overrides = None, as_json: Json
     answer({"mlflow": stack.mlflow_uri, "ray_dashboard": stack.dashboard_url, "ray": stack.ray_address, "stop": "cellplane down"}, as_json)
 
 
-def down() -> None:
+def down(as_json: Json = False) -> None:
     """Stop the local stack, exactly the processes that `up` started."""
     from cellplane.cluster import down as stop
 
-    typer.echo("stopped" if stop(None, say) else "nothing was running")
+    found = "stopped" if stop(None, say) else "nothing was running"
+    if as_json:
+        answer({"stack": found}, True)
+    else:
+        typer.echo(found)
 
 
 def status(as_json: Json = False) -> None:

@@ -38,7 +38,7 @@ def serve(
     with local_ray(log_to_driver=False):
         if stop:
             undeploy()
-            answer({"served": "nothing"}, as_json)
+            answer({"endpoint": "stopped"}, as_json)
             return
         loaded = load_config(ServeConfig, config, "serve", changes)
         say(f"starting {loaded.model} ...")

@@ -138,8 +138,9 @@ def _predict(config: str | None, overrides: list[str], as_json: bool) -> None:
     if failed:
         from cellplane.errors import DataError
 
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise DataError(f"{len(failed)} of the files could not be done, the others are complete: {reasons}")
+        reasons = "; ".join(reason if reason.startswith(name) else f"{name}: {reason}" for name, reason in failed.items())
+        rest = ", the others are complete" if result["new"] or result["reused"] else ""
+        raise DataError(f"{len(failed)} of the files could not be done{rest}: {reasons}")
 
 
 def predict_run(config: str | None, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

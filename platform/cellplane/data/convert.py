@@ -126,15 +126,22 @@ def convert_with(
 
 
 def _ray_results(tasks: Sequence[str], workers: int | None) -> Iterator[str]:
-    context = ray.data.DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
-    for noisy in ("ray.data", "ray.data._internal.execution.streaming_executor"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # its plans, and that it shows no bars, are not what a person waits for
-    try:
+    with quiet_ray_data():
         asked = os.environ.get("FAULT_AT", "")  # workers were started earlier, with another environment
         rows = ray.data.from_items([{"task": task, "fault": asked} for task in tasks], override_num_blocks=len(tasks))
         for row in rows.map(_write_row, num_cpus=1, concurrency=workers).iter_rows():
             yield row["result"]
+
+
+@contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """Ray Data without its plans and bars: they are not what a person waits for."""
+    context = ray.data.DataContext.get_current()
+    bars, context.enable_progress_bars = context.enable_progress_bars, False
+    for noisy in ("ray.data", "ray.data._internal.execution.streaming_executor", "ray.data._internal.progress"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         context.enable_progress_bars = bars
 

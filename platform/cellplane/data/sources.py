@@ -135,7 +135,9 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise FileFormatError(f"{path} ({_size(path)} bytes) cannot be read as AnnData: {type(error).__name__}: {reason}") from error
+        way_out = "; it is cut short: copy or download it again" if "truncated" in reason else ""
+        found = f"{path} ({_size(path)} bytes) cannot be read as AnnData"
+        raise FileFormatError(f"{found}: {type(error).__name__}: {reason}{way_out}") from error
 
 
 def _size(path: Path) -> int:

@@ -93,6 +93,9 @@ class CellTypeAnnotationPipeline:
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
         known = np.flatnonzero(table.labels >= 0)
+        if len(known) < table.n_cells:
+            missing = table.n_cells - len(known)
+            log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
         kept, held_out = stratified_split(table.labels[known], self.config.validation_share, self.config.seed)
         if len(held_out) == 0:
             raise DataError(

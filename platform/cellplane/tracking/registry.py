@@ -159,7 +159,8 @@ def resolve_model(uri: str | Path, tracking_uri: str | None, cache: Path) -> Res
 
 def _plain_folder(path: Path) -> ResolvedModel:
     if not path.is_dir():
-        raise ConfigError(f"no model folder at {path}; give a folder, models:/NAME@ALIAS or models:/NAME/VERSION")
+        registered = f"models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/{path.name}@champion"
+        raise ConfigError(f"no model folder at {path}; give a folder, or a registered model: {registered}")
     return ResolvedModel(path.resolve(), path.resolve().name)
 
 

@@ -29,7 +29,7 @@ from cellplane.config import home, to_plain
 from cellplane.data.loader import ShardStore
 from cellplane.data.sentences import StepPlan
 from cellplane.data.shards import read_manifest
-from cellplane.errors import ConfigError, ServiceError, TrainingError
+from cellplane.errors import ConfigError, DataError, ServiceError, TrainingError
 from cellplane.model.cellplm import new_model
 from cellplane.model.config import ModelConfig
 from cellplane.tracking.journal import Journal
@@ -114,6 +114,7 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
     Needs an initialised Ray. Raises TrainingError when the run fails for good, CheckpointError when its checkpoints do
     not fit, DataError when the shards are damaged.
     """
+    config = config.model_copy(update={"shards": str(Path(config.shards).absolute())})  # workers have working folders of their own
     began = time.monotonic()
     folder = RunFolder.of(config.run)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
@@ -185,7 +186,9 @@ def _fit(config: PretrainConfig, folder: RunFolder) -> None:
         with _interruptible():
             trainer.fit()
     except Exception as error:
-        raise TrainingError(f"run {config.run} failed: {_innermost(error)}; run it again to go on from the last checkpoint") from error
+        if isinstance(cause := _cause(error), DataError | ConfigError):
+            raise cause from error  # it would fail again: no word about running it again
+        raise TrainingError(f"run {config.run} failed: {_last_line(cause)}; run it again to go on from the last checkpoint") from error
 
 
 @contextmanager
@@ -202,14 +205,18 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _innermost(error: BaseException) -> str:
-    """The last line that says something: Ray wraps a worker's error in several others."""
+def _cause(error: BaseException) -> BaseException:
+    """What really went wrong: Ray wraps a worker's error in several others."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(cause).__name__
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+        cause = inner
+    return cause
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _worker(settings: dict[str, Any]) -> None:
