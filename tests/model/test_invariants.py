@@ -17,9 +17,10 @@ from cellplane.cells import CellBatch
 from cellplane.model.attention import ATTENTION
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.model.config import MaskingConfig, ModelConfig
-from cellplane.model.losses import negative_binomial, reconstruction, sentence_mean
+from cellplane.model.losses import sentence_mean
 from cellplane.model.masking import Mask, mask_genes, mask_of
 from cellplane.model.noise import Noise
+from tests.model.dense import negative_binomial, reconstruction
 from tests.tiny import ANNOTATOR, N_GENES, TINY, dense, dense_batch, random_batch, random_counts
 
 FULL = replace(TINY, n_batches=2, n_datasets=2, positions="continuous", hidden_fraction=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from cellplane.artifact.official import our_key, read_official
 from cellplane.cells import CellBatch, single_panel_batch
 from cellplane.model.cellplm import CellPLM
-from cellplane.model.losses import reconstruction
 from cellplane.model.masking import mask_of
 from cellplane.model.noise import Noise
+from tests.model.dense import reconstruction
 
 
 class GivenNoise(Noise):

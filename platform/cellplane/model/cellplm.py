@@ -60,8 +60,8 @@ class CellPLM(nn.Module):
             return CellPLMOutput(latent.z_CZ, logits, annotation_loss(batch, logits) if batch.labels is not None else None)
         if mask is None or self.decoder is None:
             return CellPLMOutput(latent.z_CZ)
-        decoded = self.decoder(latent.z_CZ, batch, noise)
-        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, decoded, self.config))
+        likelihoods = self.decoder(latent.z_CZ, batch, noise, mask)
+        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, likelihoods, self.config))
 
     def n_parameters(self) -> int:
         """Trainable parameters."""

@@ -8,7 +8,7 @@ CellPLM (Wen et al., ICLR 2024), `nbmlp`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.embedder import NORM_GROUPS
+from cellplane.model.kernels import DISPERSION_RANGE, MEAN_RANGE, Counts, chunked_reconstruction
+from cellplane.model.masking import Mask
 from cellplane.model.noise import Noise, dropout
-
-MEAN_RANGE, DISPERSION_RANGE = (1e-5, 1e6), (1e-4, 1e4)  # clamps of the released code
 
 
 class Covariate(nn.Module):
@@ -52,15 +52,46 @@ class NegativeBinomialDecoder(nn.Module):
         self.batch = Covariate(config.n_batches, width, config.unseen_batch) if config.n_batches else None
         self.dataset = Covariate(config.n_datasets, width, config.unseen_batch) if config.n_datasets else None
         self.bottleneck = nn.Linear(width, config.decoder_bottleneck)
-        self.mean = nn.Linear(config.decoder_bottleneck, config.n_genes)
+        self.mean = CountLayer(config.decoder_bottleneck, config.n_genes)
         self.log_dispersion_G = nn.Parameter(torch.randn(config.n_genes))
 
-    def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """Unscaled mean [C, G] and dispersion [G], both clamped to the released ranges."""
+    def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
+        """Unscaled mean [C, G] and dispersion [G], both clamped to the released ranges.
+
+        With a mask the likelihoods instead: over all measured genes [C] and over hidden genes [C] (see `kernels`).
+        """
         u = self.norm(dropout(self.activation(self.linear(z_CZ)), self.dropout, noise, "decoder"))
         if self.batch is not None:
             u = u + self.batch(batch.batch_index)
         if self.dataset is not None:
             u = u + self.dataset(batch.dataset_index)
-        mean_CG = self.mean(F.relu(self.bottleneck(u))).exp().clamp(*MEAN_RANGE)
+        u = F.relu(self.bottleneck(u))
+        if mask is not None:
+            likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_dispersion_G, counts_of(batch, mask))
+            return likelihoods
+        mean_CG = self.mean(u).exp().clamp(*MEAN_RANGE)
         return mean_CG, self.log_dispersion_G.exp().clamp(*DISPERSION_RANGE)
+
+
+class CountLayer(nn.Linear):
+    """The decoder's last layer: logits [C, G], or the likelihoods of the counts without ever holding C x G."""
+
+    def forward(self, u_CK: Tensor, log_dispersion_G: Tensor | None = None, counts: Counts | None = None) -> Any:
+        """Logits; with dispersion and counts the two likelihoods [C]. One module call, so that ZeRO 3 gathers its weights."""
+        if log_dispersion_G is None or counts is None:
+            return super().forward(u_CK)
+        return chunked_reconstruction(u_CK, self.weight, self.bias, log_dispersion_G, counts)
+
+
+def counts_of(batch: CellBatch, mask: Mask) -> Counts:
+    """What the likelihoods compare with."""
+    return Counts(
+        crow=batch.crow,
+        gene=batch.gene,
+        value=batch.value,
+        entry_hidden=mask.entry,
+        panels=batch.panels,
+        panel_index=batch.panel_index,
+        hidden_rows=mask.rows,
+        everything_measured=bool(batch.panels.all()),
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
+from cellplane.model.kernels import gene_sum
 from cellplane.model.masking import Mask
 from cellplane.model.noise import Noise, dropout
 from cellplane.model.positions import POSITIONS
@@ -39,7 +40,7 @@ class Embedder(nn.Module):
             h_CD = h_CD + self.positions(batch)
         if self.hidden_D is not None and mask is not None:
             measured_C = batch.panels.sum(1)[batch.panel_index].clamp(min=1)
-            h_CD = h_CD + (mask.hidden_CG.sum(1) / measured_C)[:, None] * self.hidden_D
+            h_CD = h_CD + (mask.hidden_C / measured_C)[:, None] * self.hidden_D
         h_CD = dropout(F.relu(self.linear(h_CD)), self.dropout, noise, "embedder")
         out_CD: Tensor = self.norm(h_CD)
         return out_CD
@@ -49,4 +50,4 @@ class Embedder(nn.Module):
         weight = torch.log1p(batch.value)
         if mask is not None:
             weight = weight.masked_fill(mask.entry, 0.0)
-        return F.embedding_bag(batch.gene, self.genes_GD, batch.crow[:-1], mode="sum", per_sample_weights=weight.to(self.genes_GD.dtype))
+        return gene_sum(self.genes_GD, batch.gene, batch.crow, weight)

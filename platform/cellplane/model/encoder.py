@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cellplane.model.attention import ATTENTION
 from cellplane.model.config import ModelConfig
@@ -46,10 +47,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = nn.LayerNorm(config.width)
+        self.recompute = config.recompute
 
     def forward(self, h_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
-        """[C, D] -> [C, D]."""
+        """[C, D] -> [C, D]. With `recompute` only the input of each block is kept for the backward pass (noise is keyed)."""
         for block in self.blocks:
-            h_CD = block(h_CD, cu_seqlens, noise)
+            if self.recompute and h_CD.requires_grad:
+                h_CD = checkpoint(block, h_CD, cu_seqlens, noise, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h_CD = block(h_CD, cu_seqlens, noise)
         out_CD: Tensor = self.norm(h_CD)
         return out_CD

@@ -19,8 +19,6 @@ from cellplane.model.config import ModelConfig
 from cellplane.model.latent import Latent
 from cellplane.model.masking import Mask
 
-NB_EPSILON = 1e-10  # as released
-
 
 @dataclass(frozen=True)
 class SentenceLoss:
@@ -31,49 +29,12 @@ class SentenceLoss:
     parts: Tensor
 
 
-def negative_binomial(batch: CellBatch, mean_CG: Tensor, dispersion_G: Tensor, where_CG: Tensor) -> Tensor:
-    """Negative log likelihood of the counts at ``where_CG``, summed per cell, [C].
-
-    Exact and sparse-aware: for a zero count the three lgamma terms cancel, so they are computed at stored entries only.
-    """
-    e = NB_EPSILON
-    theta_G = dispersion_G + e
-    zero_C = (dispersion_G * torch.log1p(mean_CG / theta_G) * where_CG).sum(1)
-    cell, gene, x = batch.cell_of_entry(), batch.gene, batch.value
-    mean, theta = mean_CG[cell, gene], theta_G[gene]
-    extra = (
-        torch.lgamma(theta)
-        + torch.lgamma(x + 1)
-        - torch.lgamma(x + theta)
-        + x * (torch.log1p(mean / theta) + torch.log(theta) - torch.log(mean + e))
-    )
-    return zero_C.index_add(0, cell, extra * where_CG[cell, gene])
-
-
-def reconstruction(batch: CellBatch, mask: Mask, mean_CG: Tensor, dispersion_G: Tensor) -> tuple[Tensor, Tensor]:
-    """NB over all measured genes and NB over hidden entries alone, each [C].
-
-    The mean is scaled to the cell's total over the same genes. Genes outside the cell's panel appear nowhere.
-    """
-    measured_CG = batch.panels[batch.panel_index]
-    full_C = negative_binomial(batch, _scaled(batch, mean_CG, measured_CG), dispersion_G, measured_CG)
-    hidden_C = negative_binomial(batch, _scaled(batch, mean_CG, mask.hidden_CG), dispersion_G, mask.hidden_CG)
-    return full_C, hidden_C
-
-
-def _scaled(batch: CellBatch, mean_CG: Tensor, where_CG: Tensor) -> Tensor:
-    """The mean, scaled so that each cell's sum over ``where_CG`` is its counts' sum there."""
-    cell = batch.cell_of_entry()
-    total_C = mean_CG.new_zeros(batch.n_cells).index_add_(0, cell, batch.value * where_CG[cell, batch.gene])
-    return mean_CG * (total_C / (mean_CG * where_CG).sum(1).clamp(min=NB_EPSILON))[:, None]
-
-
 def pretraining_loss(
-    batch: CellBatch, mask: Mask, latent: Latent, decoded: tuple[Tensor, Tensor], config: ModelConfig
+    batch: CellBatch, mask: Mask, latent: Latent, likelihoods: tuple[Tensor, Tensor], config: ModelConfig
 ) -> SentenceLoss:
-    """NB of the cells with hidden entries plus the latent terms, per sentence."""
-    full_C, hidden_C = reconstruction(batch, mask, decoded[0].float(), decoded[1].float())
-    scored_C = mask.hidden_CG.any(1)
+    """NB of the cells with hidden entries (``likelihoods``: all genes, hidden genes, each [C]) plus the latent terms, per sentence."""
+    full_C, hidden_C = likelihoods
+    scored_C = mask.hidden_C > 0
     nb_S, hidden_S = sentence_mean(full_C, batch, scored_C), sentence_mean(hidden_C, batch, scored_C)
     everyone_C = torch.ones_like(scored_C)
     kl_S = torch.zeros_like(nb_S) if latent.kl_C is None else sentence_mean(latent.kl_C.float(), batch, everyone_C)

@@ -29,7 +29,7 @@ class Work:
 
     def to(self, device: torch.device) -> Work:
         """The same work on another device."""
-        mask = None if self.mask is None else Mask(self.mask.hidden_CG.to(device), self.mask.entry.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
         return Work(self.batch.to(device), mask, self.weights.to(device), self.key)
 
 
