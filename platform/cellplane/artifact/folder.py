@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 READ_SUFFIXES = (".safetensors", ".json")
 MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "vocabulary.json", "weights.safetensors", "README.md"
 TASKS = ("pretrain", "annotate")
+HOW_IT_IS_COMPUTED = ("recompute",)
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 
 
@@ -67,7 +68,7 @@ class ModelFolder:
 def save_model(model: ModelFolder, path: Path) -> Path:
     """Writes the folder in one move (a reader sees all of it or nothing), replacing an older one; returns ``path``."""
     path = Path(path).absolute()
-    described = {"model": model.config.as_dict(), "task": model.task, "classes": list(model.classes), "max_cells": model.max_cells}
+    described = {"model": _what_it_is(model.config), "task": model.task, "classes": list(model.classes), "max_cells": model.max_cells}
     genes = {"namespace": model.vocabulary.namespace, "gene_ids": list(model.vocabulary.gene_ids)}
     files = {
         CONFIG: _json(described),
@@ -261,6 +262,11 @@ def load_model(path: Path) -> ModelFolder:
             f"expected {' or '.join(TASKS)}, and an output for each class"
         )
     return model
+
+
+def _what_it_is(config: ModelConfig) -> dict[str, Any]:
+    """The network's configuration without how it is computed: that does not change a model's identity."""
+    return {name: value for name, value in config.as_dict().items() if name not in HOW_IT_IS_COMPUTED}
 
 
 def _identity(digests: Mapping[str, str]) -> str:
