@@ -58,10 +58,7 @@ def gene_sum(table_GD: Tensor, gene: Tensor, crow: Tensor, weight: Tensor) -> Te
 
 @dataclass(frozen=True)
 class Counts:
-    """What the reconstruction compares with: CSR counts, panels, and hidden bits (see `CellBatch` and `Mask`).
-
-    ``measured`` is None when every gene of the vocabulary was measured for every cell.
-    """
+    """What the reconstruction compares with: CSR counts, panels, and hidden bits (see `CellBatch` and `Mask`)."""
 
     crow: Tensor
     gene: Tensor
@@ -83,7 +80,6 @@ class _Piece:
 
     mean_cG: Tensor
     hidden_cG: Tensor
-    measured_cG: Tensor | None
     cell: Tensor
     gene: Tensor
     x: Tensor
@@ -95,7 +91,7 @@ def _pieces(n_cells: int, n_genes: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, n_cells)) for start in range(0, n_cells, step)]
 
 
-def _piece(counts: Counts, u_CK: Tensor, weight_GK: Tensor, bias_G: Tensor, span: tuple[int, int]) -> tuple[_Piece, Tensor]:
+def _piece(counts: Counts, u_CK: Tensor, weight_GK: Tensor, bias_G: Tensor, span: tuple[int, int]) -> _Piece:
     start, end = span
     logits = F.linear(u_CK[start:end], weight_GK, bias_G).float()
     mean = logits.exp_().clamp_(*MEAN_RANGE)
@@ -106,9 +102,7 @@ def _piece(counts: Counts, u_CK: Tensor, weight_GK: Tensor, bias_G: Tensor, span
     lengths = counts.crow[start : end + 1].diff()
     cell = torch.repeat_interleave(torch.arange(end - start, device=lengths.device), lengths)
     x = counts.value[first:last]
-    return _Piece(
-        mean, counts.hidden_rows(start, end), measured, cell, counts.gene[first:last], x, x * counts.entry_hidden[first:last]
-    ), mean
+    return _Piece(mean, counts.hidden_rows(start, end), cell, counts.gene[first:last], x, x * counts.entry_hidden[first:last])
 
 
 def _scale(piece: _Piece, where_cG: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +156,7 @@ class _Reconstruction(torch.autograd.Function):
         weight_GK, bias_G = weight_GK.to(u_CK.dtype), bias_G.to(u_CK.dtype)
         full, hidden = [], []
         for span in _pieces(len(u_CK), len(bias_G)):
-            piece, _ = _piece(counts, u_CK, weight_GK, bias_G, span)
+            piece = _piece(counts, u_CK, weight_GK, bias_G, span)
             full.append(_likelihood(piece, _scale(piece, None, piece.x)[0], piece.x, theta_G, inverse_G))
             part = _scale(piece, piece.hidden_cG, piece.x_hidden)[0]
             hidden.append(_likelihood(piece, part, piece.x_hidden, theta_G, inverse_G))
@@ -179,8 +173,8 @@ class _Reconstruction(torch.autograd.Function):
         by_u = torch.empty_like(u_CK)
         by_weight, by_bias, by_theta = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (weight_GK, bias_G, theta_G))
         for span in _pieces(len(u_CK), len(bias_G)):
-            piece, mean = _piece(ctx.counts, u_CK, weight_GK, bias_G, span)
-            start, end = span
+            piece, (start, end) = _piece(ctx.counts, u_CK, weight_GK, bias_G, span), span
+            mean = piece.mean_cG
             slope, theta_part = _slope(piece, _scale(piece, None, piece.x), piece.x, theta_G, grad_full_C[start:end].float())
             by_theta += theta_part
             scaled = _scale(piece, piece.hidden_cG, piece.x_hidden)
