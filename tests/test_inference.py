@@ -283,3 +283,15 @@ def test_an_annotator_whose_head_is_gone_is_refused(store):
     predictor.model.head = None
     with pytest.raises(IntegrityError, match="no annotation head"):
         predictor.annotate(store)
+
+
+@pytest.mark.parametrize("config", [ANNOTATOR, TINY], ids=["annotator", "embedder"])
+def test_half_precision_answers_nearly_the_same_says_so_and_holds_half_the_weights(store, config):
+    exact, half = Predictor(tiny_folder(config)), Predictor(tiny_folder(config), precision="bfloat16")
+    one, other = torch.from_numpy(exact.embed(store)), torch.from_numpy(half.embed(store))
+    assert float(torch.nn.functional.cosine_similarity(one, other).min()) > 0.99
+    assert (exact.info()["dtype"], half.info()["dtype"]) == ("float32", "bfloat16")
+    dtypes = {name: parameter.dtype for name, parameter in half.model.named_parameters()}
+    assert dtypes["embedder.genes_GD"] == dtypes["encoder.blocks.0.query.weight"] == torch.bfloat16
+    assert dtypes["encoder.blocks.0.norm1.weight"] == torch.float32
+    assert exact.folder.model_sha256 == half.folder.model_sha256

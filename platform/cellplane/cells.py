@@ -90,11 +90,12 @@ class CellBatch:
 
     def cell_of_entry(self) -> Tensor:
         """The cell each stored entry belongs to, [nnz] int64."""
-        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.crow.device), self.crow.diff())
+        return torch.repeat_interleave(torch.arange(self.n_cells, device=self.crow.device), self.crow.diff(), output_size=self.gene.numel())
 
     def sentence_of_cell(self) -> Tensor:
         """The sentence each cell belongs to, [C] int64."""
-        return torch.repeat_interleave(torch.arange(self.n_sentences, device=self.cu_seqlens.device), self.cu_seqlens.diff())
+        sentences = torch.arange(self.n_sentences, device=self.cu_seqlens.device)
+        return torch.repeat_interleave(sentences, self.cu_seqlens.diff(), output_size=self.n_cells)
 
     def spans(self) -> list[tuple[int, int]]:
         """(first cell, end) of every sentence."""

@@ -11,6 +11,7 @@
     +-- StorageError              1  no space left, no permission (also an OSError)
     +-- TrainingError             1  a run that cannot go on
     |   +-- CheckpointError          no valid checkpoint where one was promised
+    +-- BenchmarkError            1  a measurement that could not be made
     +-- ServiceError              4  a cluster, tracker or endpoint that cannot be reached or said no
         +-- PortInUseError           somebody else listens there
 
@@ -68,6 +69,10 @@ class TrainingError(CellplaneError):
 
 class CheckpointError(TrainingError):
     """A checkpoint that is missing or does not verify."""
+
+
+class BenchmarkError(CellplaneError):
+    """A side of a measurement that failed, or an environment for it that could not be made."""
 
 
 class ServiceError(CellplaneError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from cellplane.data.sentences import MemoryStore, PlanConfig, SentenceStore, mem
 from cellplane.data.sources import AnnData, cell_table
 from cellplane.errors import DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
-from cellplane.model.cellplm import CellPLM, CellPLMOutput
+from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
+from cellplane.model.config import Precision
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,17 @@ class Annotation:
 class Predictor:
     """A loaded model that answers on any SentenceStore; always in evaluation, always deterministic."""
 
-    def __init__(self, folder: ModelFolder, device: str = "cpu") -> None:
-        self.folder, self.device = folder, torch.device(device)
-        self.model = build_network(folder).to(self.device).eval()
+    def __init__(self, folder: ModelFolder, device: str = "cpu", precision: Precision = "float32") -> None:
+        self.folder, self.device, self.precision = folder, torch.device(device), precision
+        self.model = halved(build_network(folder, precision)).to(self.device).eval()
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Predictor:
-        """The model of a folder, checksums verified; see `artifact.folder.load_model` for the errors."""
-        return cls(load_model(folder), device)
+    def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Predictor:
+        """The model of a folder, checksums verified; see `artifact.folder.load_model` for the errors.
+
+        In bfloat16 it is several times faster and half as large; embeddings keep their direction to three digits.
+        """
+        return cls(load_model(folder), device, precision)
 
     @property
     def vocabulary(self) -> GeneVocabulary:
@@ -81,7 +85,7 @@ class Predictor:
 
     def info(self) -> dict[str, Any]:
         """JSON-ready description: tasks, classes, vocabulary fingerprint, context size, checksum, dtype."""
-        return {**describe(self.folder), "tasks": list(self.tasks), "dtype": "float32"}
+        return {**describe(self.folder), "tasks": list(self.tasks), "dtype": self.precision}
 
     def annotate(self, store: SentenceStore) -> Annotation:
         """Cell types of every cell of the store, in the order of its rows. DataError when the model has no classes."""
@@ -127,12 +131,12 @@ def packs(sizes: NDArray[np.int64], budget: int) -> Iterator[list[int]]:
         yield current
 
 
-def build_network(folder: ModelFolder) -> CellPLM:
+def build_network(folder: ModelFolder, precision: Precision = "float32") -> CellPLM:
     """The network with the folder's weights; every tensor must be there with the right shape and nothing else.
 
     Raises IntegrityError naming the keys.
     """
-    network = CellPLM(folder.config)
+    network = CellPLM(replace(folder.config, precision=precision))
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in folder.weights.items()}
     if expected != found:

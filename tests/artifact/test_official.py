@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,7 +33,7 @@ def official_names(config: ModelConfig) -> dict[str, str]:
     stems |= {ours: theirs for theirs, ours in official._LAYERS.items() if theirs.startswith(LATENT_KEYS[config.latent])}
     for block in range(config.n_blocks):
         stems |= {f"encoder.blocks.{block}.{ours}": f"encoder.layers.{block}.{theirs}" for theirs, ours in official._BLOCK.items()}
-    for table in ("batch", "dataset"):
+    for table in ("batch", "dataset", "platform"):
         stems |= {f"decoder.{table}.{ours}": f"decoder.covariate_layers.0.{table}.{n}" for n, ours in ((1, "activation"), (2, "norm"))}
     exact = {ours: theirs for theirs, ours in official._EXACT.items()}
     names = {}
@@ -56,6 +57,9 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "lamda": config.kl_floor,
         "w_li": config.kl_weight,
         "w_en": config.cluster_weight,
+        "norm": "groupnorm",
+        "cat_pe": False,
+        "dec_mod": "nbmlp",
     }
 
 
@@ -93,9 +97,9 @@ def without_cluster_width(config: ModelConfig) -> ModelConfig:
 
 
 @pytest.mark.parametrize("latent", ["gmvae", "vae", "ae"])
-@pytest.mark.parametrize("tables", [{}, {"n_batches": 0, "n_datasets": 0}], ids=["tables", "no tables"])
+@pytest.mark.parametrize("tables", [{}, {"n_platforms": 4}, {"n_batches": 0, "n_datasets": 0}], ids=["tables", "platforms", "no tables"])
 def test_a_released_checkpoint_becomes_our_model_to_the_bit(write, latent, tables):
-    config = replace(RELEASED, latent=latent, **tables)
+    config = replace(RELEASED, latent=latent, **tables, **(official.VAE_LATENT if latent == "vae" else {}))
     model = folder_of(write(config))
     assert without_cluster_width(model.config) == without_cluster_width(config)
     assert model.vocabulary.gene_ids == GENES
@@ -123,6 +127,53 @@ def test_positions_are_off_as_released(write):
     assert folder_of(write()).config.positions == "none"
 
 
+def sinusoid(width: int) -> Tensor:
+    """The released table, row 100 x + y: interleaved sines and cosines, of y's bin first."""
+    rows = [[0.0] * width for _ in range(10_000)]
+    for cell in range(10_000):
+        for half, place in ((0, cell % 100), (width // 2, cell // 100)):
+            for k in range(width // 4):
+                angle = place * 10_000 ** (-2 * k / (width / 2))
+                rows[cell][half + 2 * k], rows[cell][half + 2 * k + 1] = math.sin(angle), math.cos(angle)
+    return torch.tensor(rows)
+
+
+def test_positions_can_be_switched_on_with_the_released_vector_for_missing_ones(write):
+    missing = torch.linspace(-1, 1, RELEASED.width)
+
+    def with_positions(state: dict[str, Tensor]) -> None:
+        state.update({official.MISSING_PE: missing, official.SINUSOID: sinusoid(RELEASED.width)})
+
+    config, _, weights = read_official(write(state=with_positions), "tiny", positions="grid")
+    assert config.positions == "grid"
+    assert torch.equal(weights["embedder.positions.missing_D"], missing)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [(torch.zeros(10_000, 16), "not the released 100 x 100 sinusoid"), (torch.zeros(3), r"\(3,\) instead of \(10000, 16\)")],
+)
+def test_another_table_of_positions_is_refused_where_they_are_on(write, table, said):
+    directory = write(state=lambda state: state.update({official.MISSING_PE: torch.zeros(16), official.SINUSOID: table}))
+    with pytest.raises(IntegrityError, match=said):
+        read_official(directory, "tiny", positions="grid")
+
+
+def test_without_positions_in_the_checkpoint_they_cannot_be_switched_on(write):
+    with pytest.raises(IntegrityError, match="missing_pe"):
+        read_official(write(state=lambda state: state.pop(official.MISSING_PE)), "tiny", positions="grid")
+
+
+def test_the_single_gaussian_keeps_its_released_warm_up(write):
+    config = folder_of(write(replace(RELEASED, latent="vae"))).config
+    assert (config.kl_weight, config.kl_floor, config.kl_warmup_steps, config.kl_drop_below) == (1.0, 0.0, 10_000, 1.0)
+
+
+def test_the_number_of_heads_is_the_released_codes_where_the_file_does_not_say(write):
+    assert folder_of(write()).config.n_heads == 8
+    assert folder_of(write(raw={"enc_head": 2})).config.n_heads == 2
+
+
 @pytest.mark.parametrize("key", sorted(official.UNUSED))
 def test_what_the_released_forward_never_uses_is_left_out(key):
     assert our_key(key) is None
@@ -130,7 +181,7 @@ def test_what_the_released_forward_never_uses_is_left_out(key):
 
 @pytest.mark.parametrize(
     "key",
-    ["encoder.layers.0.self_attn.rotary", "encoder.layers.x.norm1.weight", "extra", "decoder.covariate_layers.0.platform.0.weight", ""],
+    ["encoder.layers.0.self_attn.rotary", "encoder.layers.x.norm1.weight", "extra", "decoder.covariate_layers.0.donor.0.weight", ""],
 )
 def test_an_unknown_key_is_an_error_that_names_it(write, key):
     with pytest.raises(IntegrityError, match=f"no released CellPLM has: {key!r}"):
@@ -179,8 +230,54 @@ def test_a_missing_setting_is_named(write, key):
     "raw", [{"enc_mod": "transformer"}, {"latent_mod": "split"}, {"enc_hid": "wide"}, {"enc_hid": 15}, {"gene_list": 3}], ids=str
 )
 def test_a_setting_that_we_do_not_have_is_refused(write, raw):
-    with pytest.raises(FileFormatError, match="not what a released checkpoint holds"):
+    with pytest.raises(FileFormatError, match="not what a released checkpoint holds") as caught:
         read_official(write(raw=raw), "tiny")
+    assert "15" in str(caught.value) or "gene_list" in raw or f"{next(iter(raw))} is {next(iter(raw.values()))!r}" in str(caught.value)
+
+
+OTHER_NETWORKS = {
+    "norm": "layernorm",
+    "cat_pe": True,
+    "dec_mod": "mlp",
+    "mask_type": "hidden",
+    "head_type": "annotation",
+    "dsbn": True,
+    "dar": True,
+    "ecs": True,
+    "input_covariate": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_NETWORKS))
+def test_a_setting_that_means_another_network_is_refused_by_name(write, name):
+    with pytest.raises(IntegrityError, match=f"{name} is {OTHER_NETWORKS[name]!r} but only a network with"):
+        read_official(write(raw={name: OTHER_NETWORKS[name]}), "tiny")
+
+
+@pytest.mark.parametrize("name", ["norm", "cat_pe"])
+def test_a_setting_left_out_means_what_the_released_code_would_take(write, name):
+    with pytest.raises(IntegrityError, match=f"{name} is .*the released code's value where a file does not say"):
+        read_official(write(raw={name: ...}), "tiny")
+
+
+def test_every_setting_that_is_refused_is_tried_here():
+    assert OTHER_NETWORKS.keys() == official.FIXED.keys()
+
+
+def test_a_number_that_is_no_switch_is_refused(write):
+    with pytest.raises(IntegrityError, match="dsbn is 0 "):
+        read_official(write(raw={"dsbn": 0}), "tiny")
+
+
+@pytest.mark.parametrize("name", ["batch_num", "dataset_num", "platform_num"])
+def test_a_table_must_have_the_rows_that_the_settings_say(write, name):
+    with pytest.raises(IntegrityError, match=f"{name} is 17, but the checkpoint's {name.removesuffix('_num')} table has"):
+        read_official(write(raw={name: 17}), "tiny")
+
+
+@pytest.mark.parametrize("raw", [{"mask_beta": False}, {"epochs": 7}, {"batch_num": 3, "dataset_num": 2}], ids=str)
+def test_settings_of_training_do_not_matter(write, raw):
+    assert folder_of(write(raw=raw)).config == folder_of(write()).config
 
 
 @pytest.mark.parametrize("value", [3, [1], None, "text"], ids=str)

@@ -78,7 +78,7 @@ def one_line(said) -> str:
         (["finetune", "annotate"], "data is empty"),
         (["pretrain"], "shards is empty"),
         (["pretrain", "-o", "wrokers.count=1"], "did you mean 'workers'"),
-        (["pretrain", "-o", "model=huge"], "none of that name is shipped for model: 85m, tiny"),
+        (["pretrain", "-o", "model=huge"], "none of that name is shipped for model: 10m, 300m, 85m, tiny"),
         (["predict", "annotate", "--model", "m", "--out", "o"], "inputs is empty"),
         (["predict", "embed"], "model is empty"),
         (["evaluate", "annotate"], "model is empty"),

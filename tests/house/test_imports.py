@@ -50,13 +50,17 @@ DOORS: dict[str, tuple[str, ...]] = {
     "psutil": ("processes.py", CLUSTER, "doctor.py"),
     "omegaconf": ("config.py",),
     "yaml": ("config.py",),
+    "CellPLM": ("benchmark/original.py",),
+    "transformers": ("benchmark/peers_side.py",),
+    "scvi": ("benchmark/peers_side.py",),
     "safetensors": ("artifact/", "train/checkpoint.py"),
     "sklearn": ("pipelines/",),
     "threadpoolctl": ("pipelines/",),
+    "triton": ("model/triton_kernels.py",),
 }
 MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, SERVE)  # plain `import ray`, to ask whether a cluster is there
 EVERYWHERE = {"numpy", "scipy", "pandas", "pyarrow", "pydantic", "torch"}
-MODEL_ROOM = {"torch", "numpy"}  # the model runs where there is nothing else
+MODEL_ROOM = {"torch", "numpy", "triton"}  # the model runs where there is nothing else, and without triton (a door of its own)
 OURS = {"cellplane", "jobs"}
 
 
@@ -194,7 +198,7 @@ import importlib, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("pydantic", "pyarrow", "anndata", "ray", "omegaconf", "pandas", "scipy", "mlflow"):
+        if name.split(".")[0] in ("pydantic", "pyarrow", "anndata", "ray", "omegaconf", "pandas", "scipy", "mlflow", "triton"):
             raise ModuleNotFoundError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Absent())

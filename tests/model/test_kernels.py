@@ -49,14 +49,24 @@ def parameters(n_cells: int) -> tuple[Tensor, ...]:
 def plain(batch: CellBatch, mask: Mask, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     u, weight, bias, dispersion = given
     mean = F.linear(u, weight, bias).exp().clamp(*MEAN_RANGE)
-    return reconstruction(batch, mask, mean, dispersion.exp().clamp(*DISPERSION_RANGE))
+    full, hidden = reconstruction(batch, mask, mean, dispersion.exp().clamp(*DISPERSION_RANGE))
+    return full * (mask.hidden_C > 0), hidden
 
 
+WEIGHTS = {
+    "each cell its own": lambda n: torch.rand(2, n, generator=torch.Generator().manual_seed(5)),
+    "all alike": lambda n: torch.full((2, n), 0.3),
+    "the two likelihoods differ": lambda n: torch.tensor([[0.2], [0.9]]).repeat(1, n),
+    "nothing weighs": lambda n: torch.zeros(2, n),
+}
+
+
+@pytest.mark.parametrize("weigh", WEIGHTS)
 @pytest.mark.parametrize("piece", [1, 4 * N_GENES, 1 << 20])
-def test_likelihoods_and_all_gradients_equal_the_dense_ones(monkeypatch, piece):
+def test_likelihoods_and_all_gradients_equal_the_dense_ones(monkeypatch, piece, weigh):
     monkeypatch.setattr(kernels, "PIECE_VALUES", piece)
     batch, mask = cells()
-    weights = torch.rand(2, batch.n_cells, generator=torch.Generator().manual_seed(5))
+    weights = WEIGHTS[weigh](batch.n_cells)
     ours, theirs = parameters(batch.n_cells), parameters(batch.n_cells)
     found = chunked_reconstruction(*ours, counts_of(batch, mask))
     expected = plain(batch, mask, theirs)
@@ -69,6 +79,30 @@ def test_likelihoods_and_all_gradients_equal_the_dense_ones(monkeypatch, piece):
         assert bool(one.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("weigh", ["all alike", "each cell its own"])
+def test_only_unequal_weights_cost_a_second_computation(monkeypatch, weigh):
+    batch, mask = cells()
+    times = []
+    computed = kernels._reconstruct
+    monkeypatch.setattr(kernels, "_reconstruct", lambda *given: (times.append(1), computed(*given))[1])
+    found = chunked_reconstruction(*parameters(batch.n_cells), counts_of(batch, mask))
+    (torch.stack(found) * WEIGHTS[weigh](batch.n_cells)).sum().backward()
+    assert len(times) == (1 if weigh == "all alike" else 2)
+
+
+def test_listed_terms_of_counts_equal_the_gamma_functions():
+    theta = torch.logspace(-4, 4, 40, dtype=torch.float64)
+    terms = kernels.CountTerms(theta)
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0, 7.0, 15.0, 16.0, 400.0, 2.5], dtype=torch.float64)
+    gene = torch.arange(40)[:, None].expand(40, len(x)).flatten()
+    constant, by_theta = terms.of(gene, x.repeat(40))
+    t, y = theta[gene].requires_grad_(), x.repeat(40)
+    expected = torch.lgamma(t) + torch.lgamma(y + 1) - torch.lgamma(y + t) + y * t.log()
+    torch.testing.assert_close(constant, expected.detach(), rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(expected.sum(), t)
+    torch.testing.assert_close(by_theta, gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_as_large_as_cells_by_genes_is_kept_for_the_backward_pass(monkeypatch):
     monkeypatch.setattr(kernels, "PIECE_VALUES", N_GENES)
     batch, mask = cells(40)
@@ -79,15 +113,22 @@ def test_nothing_as_large_as_cells_by_genes_is_kept_for_the_backward_pass(monkey
     assert max(kept) < 40 * N_GENES
 
 
-@pytest.mark.parametrize("genes_at_once", [1, 7, 2048])
-def test_the_gene_tables_gradient_equals_the_dense_products(monkeypatch, genes_at_once):
-    monkeypatch.setattr(kernels, "GENES_AT_ONCE", genes_at_once)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_the_gene_table_and_its_gradient_equal_the_dense_products(monkeypatch, sliced):
+    if sliced:  # columns 64 at a time
+        monkeypatch.setattr(kernels, "TABLE_BYTES", 1)
+        monkeypatch.setattr(kernels, "ENTRIES_PER_GENE", 0)
     batch = random_batch([4, 3])
-    table = torch.randn(N_GENES, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    table = torch.randn(N_GENES, 150, generator=torch.Generator().manual_seed(0)).requires_grad_()
     other = table.detach().clone().requires_grad_()
-    pull = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
-    (gene_sum(table, batch.gene, batch.crow, torch.log1p(batch.value)) * pull).sum().backward()
-    (torch.log1p(dense(batch)) @ other * pull).sum().backward()
+    pull = torch.randn(7, 150, generator=torch.Generator().manual_seed(1))
+    weight = torch.log1p(batch.value)
+    weight[::5] = 0  # hidden
+    batch = replace(batch, value=weight)
+    ours, theirs = gene_sum(table, batch.gene, batch.crow, weight), dense(batch) @ other
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    (ours * pull).sum().backward()
+    (theirs * pull).sum().backward()
     torch.testing.assert_close(table.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 

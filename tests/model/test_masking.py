@@ -10,8 +10,8 @@ import torch
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import MaskingConfig
-from cellplane.model.masking import chosen_cells, drop_cells, kept_cells, mask_genes, mask_of
-from tests.tiny import N_GENES, dense_batch, random_batch
+from cellplane.model.masking import chosen_cells, drop_cells, kept_cells, mask_genes, mask_of, narrow_panels
+from tests.tiny import N_GENES, dense, dense_batch, random_batch
 
 CONFIG = MaskingConfig()
 SIZES = np.array([0, 1, 2, 3, 10, 57, 200])
@@ -142,9 +142,106 @@ def test_an_explicit_choice_is_restricted_to_the_panel():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"drop_cell_rate": 1.0}, {"cell_mask_rate": 1.1}, {"gene_mask_cap": -0.1}, {"gene_mask_alpha": 0.0}, {"gene_mask_beta": -1.0}],
+    [
+        {"drop_cell_rate": 1.0},
+        {"cell_mask_rate": 1.1},
+        {"gene_mask_cap": -0.1},
+        {"gene_mask_alpha": 0.0},
+        {"gene_mask_beta": -1.0},
+        {"gene_mask_rate": 1.5},
+        {"panel_rate": -0.1},
+        {"panel_min_genes": 0},
+        {"targeted_genes": -1},
+        {"targeted_mask_scale": 2.0},
+    ],
     ids=str,
 )
 def test_rates_that_are_no_rates_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(("rate", "cap"), [(0.0, 0.9), (0.25, 0.9), (0.95, 0.9), (1.0, 1.0)])
+def test_a_fixed_rate_is_the_same_for_every_cell_and_capped(rate, cap):
+    batch, config = wide(300), replace(HIDE_ALL, gene_mask="fixed", gene_mask_rate=rate, gene_mask_cap=cap)
+    rates = mask_genes(batch, sizes_of(batch), config).hidden_CG.float().mean(1)
+    expected = min(rate, cap)
+    assert abs(float(rates.mean()) - expected) <= 4 * (expected * (1 - expected) / 600_000) ** 0.5
+    assert abs(float(rates.var()) - expected * (1 - expected) / 2000) <= 0.3 * expected * (1 - expected) / 2000
+
+
+def test_genes_of_one_64_bit_number_are_hidden_independently():
+    batch = wide(2000, n_genes=16)
+    hidden = mask_genes(batch, sizes_of(batch), replace(HIDE_ALL, gene_mask="fixed", gene_mask_rate=0.3)).hidden_CG.double()
+    correlation = torch.corrcoef(hidden.T) - torch.eye(16)
+    assert float(correlation.abs().max()) < 5 / 2000**0.5
+
+
+def test_targeted_panels_hide_fewer_of_their_genes():
+    panels = torch.ones(2, 2000, dtype=torch.bool)
+    panels[1, 100:] = False
+    batch = replace(wide(400), panels=panels, panel_index=torch.arange(400) % 2)
+    config = replace(HIDE_ALL, gene_mask="fixed", gene_mask_rate=0.5, targeted_genes=100, targeted_mask_scale=0.4)
+    hidden = mask_genes(batch, sizes_of(batch), config).hidden_CG
+    assert abs(float(hidden[::2].float().mean()) - 0.5) < 0.01
+    assert abs(float(hidden[1::2, :100].float().mean()) - 0.2) < 0.012
+    off = mask_genes(batch, sizes_of(batch), replace(config, targeted_genes=99)).hidden_CG
+    assert abs(float(off[1::2, :100].float().mean()) - 0.5) < 0.015
+
+
+NARROW = MaskingConfig(panel_rate=1.0, panel_min_genes=3)
+HIDE_ALL = MaskingConfig(drop_cell_rate=0.0, cell_mask_rate=1.0)
+
+
+def test_without_random_panels_nothing_changes():
+    batch = random_batch([5, 4])
+    assert narrow_panels(batch, CONFIG) is batch
+
+
+def test_a_random_panel_leaves_its_own_genes_as_they_were_and_makes_the_others_unknown():
+    batch = random_batch([5, 0, 4, 7])
+    narrow = narrow_panels(batch, NARROW)
+    measured = narrow.panels[narrow.panel_index]
+    assert torch.equal(dense(narrow), torch.where(measured, dense(batch), 0.0))
+    for start, end in ((0, 5), (5, 9), (9, 16)):
+        assert bool((measured[start:end] == measured[start]).all()), "one panel for a sentence"
+        assert 3 <= int(measured[start].sum()) <= N_GENES
+    assert len({tuple(row.tolist()) for row in measured}) == 3
+    assert not bool((mask_genes(narrow, sizes_of(narrow), HIDE_ALL).hidden_CG & ~measured).any())
+
+
+def test_a_random_panel_is_part_of_what_a_cells_data_set_measured():
+    panels = torch.stack([torch.arange(N_GENES) < 10, torch.arange(N_GENES) >= 6])
+    index = torch.arange(12) % 2
+    batch = dense_batch(torch.ones(12, N_GENES) * panels[index])
+    narrow = narrow_panels(replace(batch, panels=panels, panel_index=index), NARROW)
+    measured = narrow.panels[narrow.panel_index]
+    assert not bool((measured & ~panels[index]).any())
+    chosen = measured.any(0)
+    assert torch.equal(measured, panels[index] & chosen)
+
+
+def test_a_sentence_sees_the_same_panel_alone_and_packed():
+    batch = random_batch([6, 9, 20])
+    narrow = narrow_panels(batch, NARROW)
+    for (start, end), part in zip(batch.spans(), batch.sentences(), strict=True):
+        alone = narrow_panels(part, NARROW)
+        assert torch.equal(narrow.panels[narrow.panel_index[start:end]], alone.panels[alone.panel_index])
+
+
+def test_panel_sizes_are_log_uniform_and_as_many_sentences_are_narrowed_as_asked():
+    batch = dense_batch(torch.ones(600, 1000), [1] * 600)
+    batch = replace(batch, sentence_seed=torch.arange(600) * 7)
+    sizes = narrow_panels(batch, replace(NARROW, panel_rate=0.5, panel_min_genes=10)).crow.diff()
+    narrowed = sizes[sizes < 1000].double()
+    assert abs(len(narrowed) / 600 - 0.5) < 0.09
+    assert 10 <= int(narrowed.min()) < 13
+    assert abs(float(narrowed.log().mean()) - np.log([10, 1000]).mean()) < 0.3  # four standard errors
+    assert abs(float(narrowed.log().std()) - np.log(100) / 12**0.5) < 0.2
+
+
+def test_a_sentence_with_fewer_genes_than_the_smallest_panel_keeps_them_all():
+    batch = random_batch([4])
+    narrow = narrow_panels(batch, replace(NARROW, panel_min_genes=N_GENES + 5))
+    assert torch.equal(narrow.panels[narrow.panel_index], batch.panels[batch.panel_index])
+    assert torch.equal(narrow.value, batch.value)

@@ -12,53 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from cellplane.artifact.official import our_key, read_official
-from cellplane.cells import CellBatch, single_panel_batch
 from cellplane.model.cellplm import CellPLM
 from cellplane.model.masking import mask_of
-from cellplane.model.noise import Noise
 from tests.model.dense import reconstruction
-
-
-class GivenNoise(Noise):
-    """The uniforms and normals the original drew."""
-
-    def __init__(self, uniform: Tensor, normal: Tensor) -> None:
-        super().__init__(0)
-        self.given_uniform, self.given_normal = uniform, normal
-
-    def uniform(self, like: Tensor, site: str) -> Tensor:
-        return self.given_uniform
-
-    def normal(self, like: Tensor, site: str) -> Tensor:
-        return self.given_normal
-
-
-def near(ours: Tensor, theirs: np.ndarray) -> None:
-    torch.testing.assert_close(ours.detach().double(), torch.from_numpy(np.asarray(theirs)).double(), rtol=1e-4, atol=1e-5)
-
-
-def batch_of(x: np.ndarray, positions: np.ndarray | None = None, n_genes: int = 200) -> CellBatch:
-    cell, column = np.nonzero(x)
-    gene = column if positions is None else positions[column]
-    panel = torch.zeros(n_genes, dtype=torch.bool)
-    panel[torch.from_numpy(np.unique(positions)) if positions is not None else slice(None)] = True
-    crow = torch.from_numpy(np.concatenate([[0], np.cumsum((x != 0).sum(1))]))
-    return single_panel_batch(crow, torch.from_numpy(gene), torch.from_numpy(x[cell, column]), panel)
-
-
-@pytest.fixture(scope="module")
-def oracle(shared: Path) -> Path:
-    return shared / "oracle"
-
-
-def load(oracle: Path, prefix: str, **changes: object) -> CellPLM:
-    config, _, weights = read_official(oracle, prefix)
-    model = CellPLM(replace(config, **changes))
-    model.load_state_dict(weights, strict=True)
-    return model
+from tests.model.released import GivenNoise, batch_of, by_sample, load, near, no_attention_dropout, sentences_of
 
 
 @pytest.mark.parametrize("name", ["embed_scrna", "embed_subset", "embed_first20"])
@@ -70,7 +29,7 @@ def test_embedding_equals_the_released_model_at_every_stage(oracle: Path, name: 
         hidden = model.embedder(batch, None, None)
         near(hidden, arrays["embed"])
         for index, block in enumerate(model.encoder.blocks):
-            near(block.attention(block.norm1(hidden), batch.cu_seqlens, None), arrays[f"attn{index}"])
+            near(block.out(block.attention(hidden, batch.cu_seqlens)), arrays[f"attn{index}"])
             hidden = block(hidden, batch.cu_seqlens, None)
             near(hidden, arrays[f"enc{index}"])
         near(model.encoder.norm(hidden), arrays["preln"])
@@ -112,10 +71,7 @@ def test_pretraining_loss_gradients_and_one_step_equal_the_released_code(oracle:
     batch = replace(batch_of(arrays["x"]), batch_index=torch.from_numpy(arrays["batch"]), dataset_index=torch.from_numpy(arrays["dataset"]))
     mask = mask_of(batch, torch.from_numpy(arrays["mask"]))
     noise = GivenNoise(torch.from_numpy(arrays["U"]), torch.from_numpy(arrays["eps"]))
-    import cellplane.model.encoder as encoder
-
-    original, encoder.ATTENTION_DROPOUT = encoder.ATTENTION_DROPOUT, 0.0
-    try:
+    with no_attention_dropout():
         output = model(batch, mask, noise)
         assert output.loss is not None
         nb, hidden, kl, cluster = output.loss.parts[:, 0]
@@ -135,8 +91,6 @@ def test_pretraining_loss_gradients_and_one_step_equal_the_released_code(oracle:
         torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=1e-8).step()
         after = model(batch, mask, noise).loss
         near(after.total[0], arrays[f"lamda{lamda}_loss_after_step"])
-    finally:
-        encoder.ATTENTION_DROPOUT = original
 
 
 def test_annotation_logits_and_loss_equal_the_released_head(oracle: Path) -> None:
@@ -159,11 +113,7 @@ def test_vae_embedding_equals_the_released_one_and_depends_on_the_context(oracle
     batch = batch_of(arrays["x"], n_genes=120)
     with torch.no_grad():
         near(model(batch).latent, arrays["emb_one_context"])
-        samples = [np.flatnonzero(arrays["batch"] == name) for name in np.unique(arrays["batch"])]
-        order = np.concatenate(samples)
-        packed = batch_of(arrays["x"][order], n_genes=120)
-        edges = torch.tensor([0, *np.cumsum([len(rows) for rows in samples])])
-        packed = replace(packed, cu_seqlens=edges, sentence_seed=torch.zeros(len(samples), dtype=torch.int64))
+        packed, order = sentences_of(arrays["x"], by_sample(arrays["batch"]), 120)
         near(model(packed).latent, arrays["emb_by_batch"][order])
 
 

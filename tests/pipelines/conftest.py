@@ -78,6 +78,9 @@ def official(tmp_path_factory: pytest.TempPathFactory, cells: AnnData) -> Path:
         "lamda": 5.0,
         "w_li": 5.0,
         "w_en": 5.0,
+        "norm": "groupnorm",
+        "cat_pe": False,
+        "dec_mod": "nbmlp",
         "gene_list": list(cells.var_names),
     }
     (folder / "tiny.config.json").write_text(json.dumps(config), encoding="utf-8")

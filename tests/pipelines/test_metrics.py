@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
 from cellplane.errors import DataError
-from cellplane.pipelines.metrics import annotation_scores, confusion, expected_calibration_error, reliability
+from cellplane.pipelines.metrics import annotation_scores, confusion, expected_calibration_error, gene_scores, reliability
 
 
 def random_labels(seed: int, cells: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -119,3 +119,54 @@ def test_bins_without_cells_are_empty_and_not_zero():
 def test_confidences_that_are_no_probabilities_are_refused(confidence, correct):
     with pytest.raises(DataError, match="calibration needs"):
         expected_calibration_error(confidence, correct)
+
+
+def test_perfectly_imputed_counts_score_one_and_zero():
+    counts = np.random.default_rng(0).poisson(3, (50, 4))
+    assert gene_scores(counts, counts).means() == pytest.approx({"pearson": 1.0, "cosine": 1.0, "rmse": 0.0, "mae": 0.0})
+
+
+def test_gene_scores_are_those_of_numpy_on_log_counts():
+    rng = np.random.default_rng(0)
+    truth, guess = rng.poisson(3, (50, 4)), rng.gamma(2, 2, (50, 4))
+    scores = gene_scores(truth, guess)
+    for gene in range(4):
+        a, b = np.log1p(truth[:, gene]), np.log1p(guess[:, gene])
+        assert scores.pearson[gene] == pytest.approx(np.corrcoef(a, b)[0, 1])
+        assert scores.cosine[gene] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
+        assert scores.rmse[gene] == pytest.approx(np.sqrt(np.mean((a - b) ** 2)))
+        assert scores.mae[gene] == pytest.approx(np.mean(np.abs(a - b)))
+
+
+def test_a_gene_that_does_not_vary_is_left_out_of_the_correlation_and_a_constant_guess_earns_nothing():
+    truth = np.array([[2.0, 1.0, 0.0], [2.0, 5.0, 0.0], [2.0, 9.0, 0.0]])
+    scores = gene_scores(truth, np.array([[1.0, 3.0, 1.0], [2.0, 3.0, 2.0], [3.0, 3.0, 3.0]]))
+    assert np.isnan(scores.pearson).tolist() == [True, False, True]
+    assert np.isnan(scores.cosine).tolist() == [False, False, True]
+    assert scores.pearson[1] == 0.0
+    assert scores.means()["pearson"] == 0.0
+
+
+def test_negative_predictions_count_as_none():
+    truth = np.array([[0.0], [3.0]])
+    assert gene_scores(truth, np.array([[-5.0], [3.0]])).mae.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("truth", "predicted", "said"),
+    [
+        (np.ones((2, 3)), np.ones((2, 2)), r"\(2, 3\) and \(2, 2\)"),
+        (np.ones((0, 3)), np.ones((0, 3)), "shapes"),
+        (np.ones(3), np.ones(3), "shapes"),
+        (-np.ones((2, 3)), np.ones((2, 3)), "negative"),
+        (np.ones((2, 3)), np.full((2, 3), np.nan), "finite"),
+    ],
+)
+def test_tables_that_cannot_be_scored_are_refused(truth, predicted, said):
+    with pytest.raises(DataError, match=said):
+        gene_scores(truth, predicted)
+
+
+def test_a_truth_in_which_nothing_varies_is_refused():
+    with pytest.raises(DataError, match="none of the 2 genes varies"):
+        gene_scores(np.ones((3, 2)), np.ones((3, 2))).means()

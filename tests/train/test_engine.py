@@ -52,8 +52,13 @@ def parts(config: PretrainConfig) -> tuple[MaskedObjective, StepPlan, torch.nn.M
     return MaskedObjective(store, config.masking), StepPlan(store.sizes, config.plan), network
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_exactly(run_config, tmp_path, monkeypatch, losses):
-    config = run_config("r", TORCH)
+WARMING = {"latent": "vae", "kl_warmup_steps": 6, "kl_weight": 0.5, "local_blocks": 1, "decoder": "gaussian"}
+NARROW = {"panel_rate": 0.5, "panel_min_genes": 5, "targeted_genes": 12, "targeted_mask_scale": 0.4}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": WARMING, "masking": NARROW}], ids=["plain", "warming up, random panels"])
+def test_a_resumed_run_equals_the_uninterrupted_one_exactly(changes, run_config, tmp_path, monkeypatch, losses):
+    config = run_config("r", {**TORCH, **changes})
     monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "whole"))
     in_process(config)
     monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "resumed"))
@@ -101,6 +106,24 @@ def test_another_seed_under_the_same_name_is_refused(run_config, cellplane_home)
     in_process(run_config("a", TORCH))
     with pytest.raises(TrainingError, match="another configuration or other data"):
         in_process(run_config("a", {**TORCH, "plan": {"seed": 1}}))
+
+
+def test_the_loss_is_told_which_step_is_taken(run_config, monkeypatch):
+    config = run_config("s", {"model": {"latent": "vae", "kl_warmup_steps": 100}})
+    objective, plan, network = parts(config)
+    engine, seen = TorchEngine(network, config.optimizer), []
+    told = network.forward
+    monkeypatch.setattr(network, "forward", lambda batch, mask, noise: (seen.append(noise.step), told(batch, mask, noise))[1])
+    train(engine, objective, plan, range(3, 5))
+    assert sorted(set(seen)) == [3, 4]
+    assert len(seen) == len(plan.at(3)) + len(plan.at(4))
+
+
+def test_settings_that_came_later_leave_the_identity_of_a_run_as_it_was(run_config):
+    plain = run_identity(run_config("i"))
+    assert run_identity(run_config("i", {"masking": {"panel_rate": 0.0}, "model": {"local_blocks": 0}})) == plain
+    assert run_identity(run_config("i", {"masking": {"panel_rate": 0.1}})) != plain
+    assert run_identity(run_config("i", {"model": {"local_blocks": 1}})) != plain
 
 
 def test_the_embedder_learns_at_its_own_rate(run_config):
@@ -229,6 +252,14 @@ def test_one_worker_and_two_give_the_same_losses(stage, finished, losses):
 def test_deepspeed_gives_the_losses_of_plain_pytorch(stage, finished, run_config, cellplane_home, losses):
     in_process(run_config("r", TORCH))
     assert losses(finished("deepspeed", stage, 1), "r") == pytest.approx(losses(cellplane_home, "r"), rel=SAME)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.chaos) for stage in (0, 2, 3)])
+def test_a_network_with_every_option_trains_alike_on_two_workers_of_deepspeed(stage, run_config, run_workers, tmp_path, losses):
+    options = {"model": WARMING, "masking": NARROW}
+    assert run_workers(run_config("r", engine_of("deepspeed", stage) | options), tmp_path / "two", 2) == [0, 0], log_of(tmp_path / "two")
+    assert run_workers(run_config("r", TORCH | options), tmp_path / "one", 1) == [0], log_of(tmp_path / "one")
+    assert losses(tmp_path / "two", "r") == pytest.approx(losses(tmp_path / "one", "r"), rel=SAME)
 
 
 @pytest.mark.parametrize("stage", STAGES)

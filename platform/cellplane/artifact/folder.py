@@ -31,13 +31,13 @@ from torch import Tensor
 
 from cellplane.errors import DataError, FileFormatError, IntegrityError, StorageError
 from cellplane.genes import GeneVocabulary
-from cellplane.model.config import ModelConfig
+from cellplane.model.config import ModelConfig, identifying
 
 FORMAT_VERSION = 1
 READ_SUFFIXES = (".safetensors", ".json")
 MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "vocabulary.json", "weights.safetensors", "README.md"
 TASKS = ("pretrain", "annotate")
-HOW_IT_IS_COMPUTED = ("recompute",)
+HOW_IT_IS_COMPUTED = ("recompute", "precision")
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 
 
@@ -266,7 +266,7 @@ def load_model(path: Path) -> ModelFolder:
 
 def _what_it_is(config: ModelConfig) -> dict[str, Any]:
     """The network's configuration without how it is computed: that does not change a model's identity."""
-    return {name: value for name, value in config.as_dict().items() if name not in HOW_IT_IS_COMPUTED}
+    return {name: value for name, value in identifying(config.as_dict()).items() if name not in HOW_IT_IS_COMPUTED}
 
 
 def _identity(digests: Mapping[str, str]) -> str:

@@ -69,9 +69,13 @@ def verify(folder: Annotated[Path, typer.Argument(help="Model folder.")], as_jso
 
 @app.command("import")
 def import_(
-    directory: Annotated[Path, typer.Argument(help="Folder of the official files.")],
-    prefix: Annotated[str, typer.Argument(help="Name before .config.json and .best.ckpt.")],
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    directory: Annotated[Path | None, typer.Argument(help="Folder of the official files.")] = None,
+    prefix: Annotated[str | None, typer.Argument(help="Name before .config.json and .best.ckpt.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Model folder to write.")] = None,
+    official: Annotated[Path | None, typer.Option("--official", help="DIR/PREFIX, instead of the two arguments.")] = None,
+    positions: Annotated[
+        str, typer.Option("--positions", help="none, as the released model was trained, or grid: its sinusoid switched on.")
+    ] = "none",
     as_json: Json = False,
 ) -> None:
     """Turn an official CellPLM checkpoint into a model folder."""
@@ -79,8 +83,17 @@ def import_(
 
     from cellplane.artifact.card import model_card
     from cellplane.artifact.folder import save_model, verify_model
+    from cellplane.errors import ConfigError
     from cellplane.pipelines.base import official_model
 
-    model = official_model(directory, prefix)
+    if official is not None and directory is None:
+        directory, prefix = official.parent, official.name
+    elif official is not None or directory is None or prefix is None:
+        raise ConfigError("name the checkpoint once: --official DIR/PREFIX, or the arguments DIR PREFIX")
+    if out is None:
+        raise ConfigError("name the model folder to write: --out MODEL")
+    if positions not in ("none", "grid"):
+        raise ConfigError(f"--positions {positions}: expected none or grid")
+    model = official_model(directory, prefix, "grid" if positions == "grid" else "none")
     save_model(replace(model, card=model_card(model)), out)
     answer({"model": out, "genes": len(model.vocabulary), "model_sha256": verify_model(out)["model_sha256"]}, as_json)

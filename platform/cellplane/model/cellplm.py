@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
-from cellplane.model.decoder import NegativeBinomialDecoder
+from cellplane.model.decoder import DECODERS
 from cellplane.model.embedder import Embedder
 from cellplane.model.encoder import Encoder
+from cellplane.model.fused import spared
 from cellplane.model.heads import AnnotationHead
 from cellplane.model.latent import LATENTS
+from cellplane.model.linear import in_precision
 from cellplane.model.losses import SentenceLoss, annotation_loss, pretraining_loss
 from cellplane.model.masking import Mask
 from cellplane.model.noise import Noise
@@ -45,7 +47,7 @@ class CellPLM(nn.Module):
         self.embedder = Embedder(config)
         self.encoder = Encoder(config)
         self.latent = LATENTS[config.latent](config)
-        self.decoder = NegativeBinomialDecoder(config) if config.decoder == "negative_binomial" else None
+        self.decoder = None if config.decoder == "none" else DECODERS[config.decoder](config)
         self.head = AnnotationHead(config) if config.n_classes else None
 
     def forward(self, batch: CellBatch, mask: Mask | None = None, noise: Noise | None = None) -> CellPLMOutput:
@@ -53,19 +55,34 @@ class CellPLM(nn.Module):
 
         With a head and labels the loss is annotation's. Deterministic without ``noise``.
         """
-        hidden_CD = self.encoder(self.embedder(batch, mask, noise), batch.cu_seqlens, noise)
-        latent = self.latent(hidden_CD, noise)
+        with in_precision(self.config.precision, batch.value.device):
+            return self._answer(batch, mask, noise)
+
+    def _answer(self, batch: CellBatch, mask: Mask | None, noise: Noise | None) -> CellPLMOutput:
+        hidden_CD = self.encoder(self.embedder(batch, mask, noise), batch, noise)
+        latent = spared(self.latent, hidden_CD, noise)
         if self.head is not None:
             logits = self.head(latent.z_CZ, noise)
             return CellPLMOutput(latent.z_CZ, logits, annotation_loss(batch, logits) if batch.labels is not None else None)
         if mask is None or self.decoder is None:
             return CellPLMOutput(latent.z_CZ)
         likelihoods = self.decoder(latent.z_CZ, batch, noise, mask)
-        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, likelihoods, self.config))
+        step = 0 if noise is None else noise.step
+        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, likelihoods, self.config, step))
 
     def n_parameters(self) -> int:
         """Trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def halved(network: CellPLM) -> CellPLM:
+    """The network for answering alone: what enters products is kept in the dtype they are computed in, so it is cast once."""
+    dtype = getattr(torch, network.config.precision)
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and not getattr(module, "exact", False):
+            module.to(dtype)
+    network.embedder.genes_GD.data = network.embedder.genes_GD.data.to(dtype)
+    return network
 
 
 def new_model(config: ModelConfig, seed: int) -> CellPLM:

@@ -5,8 +5,11 @@ Defaults are the released 85M configuration (Wen et al., CellPLM, ICLR 2024) unl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,14 @@ class ModelConfig:
     """Attention heads."""
     attention: Literal["flowformer", "softmax"] = "flowformer"
     """Attention over the cells of a sentence: linear in their number, or exact."""
-    positions: Literal["none", "continuous"] = "none"
-    """Coordinates added to each cell: off as released, or continuous in micrometres."""
+    positions: Literal["none", "continuous", "grid"] = "none"
+    """Coordinates added to each cell: off as released, continuous in micrometres, or the released 100 x 100 grid over [0, 1]."""
+    local_blocks: int = 0
+    """Blocks after the others in which a cell sees only its nearest neighbours in the tissue; 0 = none, as released."""
+    local_neighbours: int = 16
+    """Neighbours a cell sees there, itself not counted."""
+    local_radius_um: float = 0.0
+    """Farthest a neighbour may be, in micrometres; 0 = any distance."""
     latent: Literal["gmvae", "vae", "ae"] = "gmvae"
     """Latent space: Gaussian mixture, one Gaussian, or a plain projection (fine-tuning)."""
     latent_width: int = 512
@@ -38,8 +47,8 @@ class ModelConfig:
     """M, mixture components of gmvae."""
     cluster_width: int = 512
     """Hidden width of gmvae's q(z | x, y)."""
-    decoder: Literal["negative_binomial", "none"] = "negative_binomial"
-    """What recovers the counts; none for models that only annotate."""
+    decoder: Literal["negative_binomial", "gaussian", "none"] = "negative_binomial"
+    """What recovers the counts, or (gaussian) their logarithm per 10,000; none for models that only annotate."""
     decoder_width: int = 1024
     """Width of the decoder."""
     decoder_bottleneck: int = 128
@@ -48,6 +57,8 @@ class ModelConfig:
     """Rows of the decoder's batch table; 0 = the decoder knows no batches."""
     n_datasets: int = 0
     """Rows of the decoder's dataset table."""
+    n_platforms: int = 0
+    """Rows of the decoder's table of measuring platforms."""
     unseen_batch: Literal["mean", "sum"] = "mean"
     """What stands in for an unknown batch: the mean of the table's rows, or their sum as in the released code."""
     dropout: float = 0.2
@@ -58,22 +69,30 @@ class ModelConfig:
     """Weight of the latent Gaussian term; released: 5."""
     cluster_weight: float = 1.0
     """Weight of the cluster-entropy term; released: 5."""
+    kl_warmup_steps: int = 0
+    """Optimizer steps over which the weight of the latent Gaussian term grows from 0; released vae: 10,000."""
+    kl_drop_below: float = 0.0
+    """A sentence whose weighted latent Gaussian term is smaller does without it; released vae: 1."""
     n_classes: int = 0
     """Outputs of the annotation head; 0 = no head."""
+    head_width: int = 0
+    """Width of the head's hidden layer; 0 = a linear head, as released."""
     head_dropout: float = 0.5
     """Dropout before the annotation head (released fine-tuning recipe)."""
     recompute: bool = False
     """Compute each block again in the backward pass instead of keeping its inner values: a fifth of the memory, a third more time."""
+    precision: Precision = "float32"
+    """What products are computed in; sums, norms, losses and parameters stay float32."""
     gene_init_sd: float = 0.005
     """Standard deviation of new gene embeddings."""
     hidden_fraction: bool = False
     """Tell the encoder, through one learned direction, which share of a cell's measured genes is hidden."""
 
     def __post_init__(self) -> None:
-        sizes = ("width", "n_heads", "latent_width", "n_clusters", "cluster_width", "decoder_width", "decoder_bottleneck")
-        counts = ("n_genes", "n_blocks", "n_batches", "n_datasets", "n_classes")
-        if wrong := [name for name in sizes if getattr(self, name) < 1] + [name for name in counts if getattr(self, name) < 0]:
-            raise ValueError(f"{', '.join(wrong)} must be at least {1 if wrong[0] in sizes else 0}, found {getattr(self, wrong[0])}")
+        _at_least(self, 1, ("width", "n_heads", "latent_width", "n_clusters", "cluster_width", "decoder_width", "decoder_bottleneck"))
+        _at_least(self, 1, ("local_neighbours",))
+        _at_least(self, 0, ("n_genes", "n_blocks", "n_batches", "n_datasets", "n_platforms", "n_classes", "local_blocks", "head_width"))
+        _at_least(self, 0, ("local_radius_um", "kl_warmup_steps", "kl_drop_below"))
         if self.width % 4 or self.decoder_width % 4:
             raise ValueError(f"width {self.width} and decoder_width {self.decoder_width} must be multiples of 4, the groups of GroupNorm")
         if self.width % self.n_heads:
@@ -107,9 +126,50 @@ class MaskingConfig:
     """See gene_mask_alpha."""
     gene_mask_cap: float = 0.9
     """No cell hides more than this share of its genes."""
+    gene_mask: Literal["beta", "fixed"] = "beta"
+    """How such a cell gets its rate: drawn from Beta(alpha, beta), or the same gene_mask_rate for all."""
+    gene_mask_rate: float = 0.25
+    """The rate of every such cell when gene_mask is fixed (0.25: the paper's text, and the released fine-tuning)."""
+    panel_rate: float = 0.0
+    """Share of sentences that a step sees as if measured with a small random panel; learns to read targeted assays."""
+    panel_min_genes: int = 30
+    """Smallest random panel; sizes are log-uniform from here to all measured genes."""
+    targeted_genes: int = 0
+    """Cells with at most so many measured genes count as targeted (random panels too) and hide fewer of them; 0 = none does."""
+    targeted_mask_scale: float = 1.0
+    """What the hidden share of targeted cells is multiplied by (osmFISH, 33 genes: a rate of 0.1 beats 0.25, so 0.4)."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.drop_cell_rate < 1 and 0 <= self.cell_mask_rate <= 1 and 0 <= self.gene_mask_cap <= 1):
             raise ValueError("drop_cell_rate must lie in [0, 1), cell_mask_rate and gene_mask_cap in [0, 1]")
         if self.gene_mask_alpha <= 0 or self.gene_mask_beta <= 0:
             raise ValueError("gene_mask_alpha and gene_mask_beta must be positive")
+        if not (0 <= self.gene_mask_rate <= 1 and 0 <= self.panel_rate <= 1 and 0 <= self.targeted_mask_scale <= 1):
+            raise ValueError("gene_mask_rate, panel_rate and targeted_mask_scale must lie in [0, 1]")
+        _at_least(self, 1, ("panel_min_genes",))
+        _at_least(self, 0, ("targeted_genes",))
+
+
+# Settings that came after format 1, with the value that means what earlier versions did.
+LATER = {
+    name: getattr(cls, name)
+    for cls, names in (
+        (ModelConfig, ("local_blocks", "local_neighbours", "local_radius_um", "n_platforms", "kl_warmup_steps", "kl_drop_below")),
+        (ModelConfig, ("head_width", "precision")),
+        (MaskingConfig, ("gene_mask", "gene_mask_rate", "panel_rate", "panel_min_genes", "targeted_genes", "targeted_mask_scale")),
+    )
+    for name in names
+}
+
+
+def identifying(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that tell one configuration from another: what came later counts where it is used.
+
+    So a model or run of an earlier version keeps its identity.
+    """
+    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+
+
+def _at_least(config: ModelConfig | MaskingConfig, least: int, names: tuple[str, ...]) -> None:
+    if wrong := [name for name in names if not getattr(config, name) >= least]:
+        raise ValueError(f"{', '.join(wrong)} must be at least {least}, found {getattr(config, wrong[0])}")

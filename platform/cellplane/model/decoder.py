@@ -8,6 +8,7 @@ CellPLM (Wen et al., ICLR 2024), `nbmlp`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
+from cellplane.model.dispatch import reconstruction_of
 from cellplane.model.embedder import NORM_GROUPS
-from cellplane.model.kernels import DISPERSION_RANGE, MEAN_RANGE, Counts, chunked_reconstruction
+from cellplane.model.fused import dropout, spared
+from cellplane.model.gaussian import LOG_VARIANCE_RANGE, LogLayer
+from cellplane.model.kernels import DISPERSION_RANGE, MEAN_RANGE, Counts
+from cellplane.model.linear import Linear
 from cellplane.model.masking import Mask
-from cellplane.model.noise import Noise, dropout
+from cellplane.model.noise import Noise
 
 
 class Covariate(nn.Module):
@@ -33,25 +38,46 @@ class Covariate(nn.Module):
 
     def forward(self, index_C: Tensor) -> Tensor:
         """[C, width]; index -1 takes the mean (or, as released, the sum) of all rows."""
-        unknown = self.table.mean(0) if self.unseen == "mean" else self.table.sum(0)
-        rows = F.embedding(index_C.clamp(min=0), self.table)
-        rows = torch.where((index_C < 0)[:, None], unknown, rows)
+        used, place_C = torch.unique(index_C, return_inverse=True)  # ascending: -1 comes first
+        rows = self.table[used[used >= 0]]
+        if len(rows) < len(used):
+            unknown = self.table.mean(0) if self.unseen == "mean" else self.table.sum(0)
+            rows = torch.cat([unknown[None], rows])
         out: Tensor = self.norm(self.activation(rows))
-        return out
+        return out[place_C]
 
 
-class NegativeBinomialDecoder(nn.Module):
-    """z and covariates -> mean [C, G] and dispersion [G] of a negative binomial."""
+class _Trunk(nn.Module):
+    """What both decoders share: z and covariates -> bottleneck."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.decoder_width
         self.dropout = config.dropout
-        self.linear, self.activation = nn.Linear(config.latent_width, width), nn.PReLU()
+        self.linear, self.activation = Linear(config.latent_width, width), nn.PReLU()
         self.norm = nn.GroupNorm(NORM_GROUPS, width)
         self.batch = Covariate(config.n_batches, width, config.unseen_batch) if config.n_batches else None
         self.dataset = Covariate(config.n_datasets, width, config.unseen_batch) if config.n_datasets else None
-        self.bottleneck = nn.Linear(width, config.decoder_bottleneck)
+        self.platform = Covariate(config.n_platforms, width, config.unseen_batch) if config.n_platforms else None
+        self.bottleneck = Linear(width, config.decoder_bottleneck)
+
+    def bottlenecked(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None) -> Tensor:
+        """[C, K]."""
+        u = self.norm(dropout(self.activation(self.linear(z_CZ)), self.dropout, noise, "decoder"))
+        if self.batch is not None:
+            u = u + self.batch(batch.batch_index)
+        if self.dataset is not None:
+            u = u + self.dataset(batch.dataset_index)
+        if self.platform is not None:
+            u = u + self.platform(batch.platform_index)
+        return F.relu(self.bottleneck(u))
+
+
+class NegativeBinomialDecoder(_Trunk):
+    """z and covariates -> mean [C, G] and dispersion [G] of a negative binomial."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         self.mean = CountLayer(config.decoder_bottleneck, config.n_genes)
         self.log_dispersion_G = nn.Parameter(torch.randn(config.n_genes))
 
@@ -60,17 +86,29 @@ class NegativeBinomialDecoder(nn.Module):
 
         With a mask the likelihoods instead: over all measured genes [C] and over hidden genes [C] (see `kernels`).
         """
-        u = self.norm(dropout(self.activation(self.linear(z_CZ)), self.dropout, noise, "decoder"))
-        if self.batch is not None:
-            u = u + self.batch(batch.batch_index)
-        if self.dataset is not None:
-            u = u + self.dataset(batch.dataset_index)
-        u = F.relu(self.bottleneck(u))
+        u = spared(self.bottlenecked, z_CZ, batch, noise)
         if mask is not None:
             likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_dispersion_G, counts_of(batch, mask))
             return likelihoods
         mean_CG = self.mean(u).exp().clamp(*MEAN_RANGE)
         return mean_CG, self.log_dispersion_G.exp().clamp(*DISPERSION_RANGE)
+
+
+class GaussianDecoder(_Trunk):
+    """z and covariates -> mean [C, G] and variance [G] of log1p of the counts per 10,000 (see `gaussian`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.mean = LogLayer(config.decoder_bottleneck, config.n_genes)
+        self.log_variance_G = nn.Parameter(torch.zeros(config.n_genes))
+
+    def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
+        """Mean [C, G] and variance [G]; with a mask the likelihoods over all measured genes [C] and over hidden genes [C]."""
+        u = spared(self.bottlenecked, z_CZ, batch, noise)
+        if mask is not None:
+            likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_variance_G, (batch, mask))
+            return likelihoods
+        return self.mean(u), self.log_variance_G.clamp(*LOG_VARIANCE_RANGE).exp()
 
 
 class CountLayer(nn.Linear):
@@ -80,7 +118,7 @@ class CountLayer(nn.Linear):
         """Logits; with dispersion and counts the two likelihoods [C]. One module call, so that ZeRO 3 gathers its weights."""
         if log_dispersion_G is None or counts is None:
             return super().forward(u_CK)
-        return chunked_reconstruction(u_CK, self.weight, self.bias, log_dispersion_G, counts)
+        return reconstruction_of(u_CK.device)(u_CK, self.weight, self.bias, log_dispersion_G, counts)
 
 
 def counts_of(batch: CellBatch, mask: Mask) -> Counts:
@@ -92,6 +130,13 @@ def counts_of(batch: CellBatch, mask: Mask) -> Counts:
         entry_hidden=mask.entry,
         panels=batch.panels,
         panel_index=batch.panel_index,
-        hidden_rows=mask.rows,
-        everything_measured=bool(batch.panels.all()),
+        hidden_bits=mask.bits,
+        hidden_C=mask.hidden_C,
+        everything_measured=not batch.panels.is_cuda and bool(batch.panels.all()),  # looking would make the host wait for a GPU
     )
+
+
+DECODERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "negative_binomial": NegativeBinomialDecoder,
+    "gaussian": GaussianDecoder,
+}

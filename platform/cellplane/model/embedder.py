@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
-from cellplane.model.kernels import gene_sum
+from cellplane.model.dispatch import gene_sum_of
+from cellplane.model.fused import dropout, spared
+from cellplane.model.linear import Linear
 from cellplane.model.masking import Mask
-from cellplane.model.noise import Noise, dropout
+from cellplane.model.noise import Noise
 from cellplane.model.positions import POSITIONS
 
 NORM_GROUPS = 4  # GroupNorm over 4 groups of channels, as released
@@ -29,7 +31,7 @@ class Embedder(nn.Module):
         self.dropout = config.dropout
         self.genes_GD = nn.Parameter(torch.randn(config.n_genes, config.width) * config.gene_init_sd)
         self.positions = POSITIONS[config.positions](config.width)
-        self.linear = nn.Linear(config.width, config.width)
+        self.linear = Linear(config.width, config.width)
         self.norm = nn.GroupNorm(NORM_GROUPS, config.width)
         self.hidden_D = nn.Parameter(torch.zeros(config.width)) if config.hidden_fraction else None
 
@@ -41,8 +43,10 @@ class Embedder(nn.Module):
         if self.hidden_D is not None and mask is not None:
             measured_C = batch.panels.sum(1)[batch.panel_index].clamp(min=1)
             h_CD = h_CD + (mask.hidden_C / measured_C)[:, None] * self.hidden_D
-        h_CD = dropout(F.relu(self.linear(h_CD)), self.dropout, noise, "embedder")
-        out_CD: Tensor = self.norm(h_CD)
+        return spared(self._mixed, h_CD.to(self.linear.weight.dtype), noise)
+
+    def _mixed(self, h_CD: Tensor, noise: Noise | None) -> Tensor:
+        out_CD: Tensor = self.norm(dropout(F.relu(self.linear(h_CD)), self.dropout, noise, "embedder").float())
         return out_CD
 
     def gene_sum(self, batch: CellBatch, mask: Mask | None) -> Tensor:
@@ -50,4 +54,4 @@ class Embedder(nn.Module):
         weight = torch.log1p(batch.value)
         if mask is not None:
             weight = weight.masked_fill(mask.entry, 0.0)
-        return gene_sum(self.genes_GD, batch.gene, batch.crow, weight)
+        return gene_sum_of(batch.value.device)(self.genes_GD, batch.gene, batch.crow, weight)

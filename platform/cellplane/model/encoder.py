@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cellplane.model.attention import ATTENTION
+from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
-from cellplane.model.noise import Noise, dropout
+from cellplane.model.dispatch import attention_of
+from cellplane.model.fused import Drop, add_feed_forward, add_projection, drop_of, norm_project, recomputed
+from cellplane.model.linear import Linear
+from cellplane.model.local import LocalBlock, Neighbours, neighbours
+from cellplane.model.noise import Noise
 
 ATTENTION_DROPOUT = 0.01  # fixed in the released code, whatever its configuration says
 
@@ -22,39 +25,57 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.site, self.n_heads, self.dropout = f"block{index}", config.n_heads, config.dropout
-        self.attend = ATTENTION[config.attention]
+        self.kernel = config.attention
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
+        self.up, self.down = Linear(width, 2 * width), Linear(2 * width, width)
 
     def forward(self, h_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
         """The cells after attention and feed-forward, each with its residual."""
-        h_CD = h_CD + dropout(self.attention(self.norm1(h_CD), cu_seqlens, noise), self.dropout, noise, f"{self.site}.residual")
-        inner = dropout(F.gelu(self.up(self.norm2(h_CD))), self.dropout, noise, f"{self.site}.inner")
-        return h_CD + dropout(self.down(inner), self.dropout, noise, f"{self.site}.outer")
+        h_CD = add_projection(h_CD, self.attention(h_CD, cu_seqlens), self.out, self._drop(h_CD, noise))
+        inner = (len(h_CD), self.up.out_features)
+        drops = (
+            drop_of(inner, self.dropout, noise, f"{self.site}.inner"),
+            drop_of(h_CD.shape, self.dropout, noise, f"{self.site}.outer"),
+        )
+        return add_feed_forward(h_CD, self.norm2, self.up, self.down, drops)
 
-    def attention(self, a_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
-        """Attention among the cells of each sentence, projected back to [C, D]."""
-        q_CHK, k_CHK, v_CHK = (layer(a_CD).unflatten(1, (self.n_heads, -1)) for layer in (self.query, self.key, self.value))
-        mixed_CD = self.attend(q_CHK, k_CHK, v_CHK, cu_seqlens).flatten(1)
-        return dropout(self.out(mixed_CD), ATTENTION_DROPOUT, noise, f"{self.site}.attention")
+    def attention(self, h_CD: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What each cell takes from the cells of its sentence, [C, D], before the output layer."""
+        q, k, v = norm_project(h_CD, self.norm1, (self.query, self.key, self.value))
+        heads = len(h_CD), self.n_heads, h_CD.shape[1] // self.n_heads
+        return recomputed(attention_of(self.kernel, h_CD.device), (q.view(heads), k.view(heads), v.view(heads)), cu_seqlens).flatten(1)
+
+    def _drop(self, h_CD: Tensor, noise: Noise | None) -> Drop:
+        """The output layer's own dropout and the residual's after it, which act as one."""
+        kept = (1 - self.dropout) * (1 - ATTENTION_DROPOUT)
+        return drop_of(h_CD.shape, 1 - kept, noise, f"{self.site}.residual")
 
 
 class Encoder(nn.Module):
-    """All blocks and the norm before the latent space."""
+    """All blocks, the local ones last, and the norm before the latent space."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config, self.recompute = config, config.recompute
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
+        self.local = nn.ModuleList(LocalBlock(config, index) for index in range(config.local_blocks))
         self.norm = nn.LayerNorm(config.width)
-        self.recompute = config.recompute
 
-    def forward(self, h_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
+    def forward(self, h_CD: Tensor, batch: CellBatch, noise: Noise | None) -> Tensor:
         """[C, D] -> [C, D]. With `recompute` only the input of each block is kept for the backward pass (noise is keyed)."""
         for block in self.blocks:
-            if self.recompute and h_CD.requires_grad:
-                h_CD = checkpoint(block, h_CD, cu_seqlens, noise, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h_CD = block(h_CD, cu_seqlens, noise)
+            h_CD = self._through(block, h_CD, batch.cu_seqlens, noise)
+        if len(self.local):
+            near = neighbours(batch, self.config)
+            for block in self.local:
+                h_CD = self._through(block, h_CD, near, noise)
         out_CD: Tensor = self.norm(h_CD)
+        return out_CD
+
+    def _through(self, block: nn.Module, h_CD: Tensor, context: Tensor | Neighbours, noise: Noise | None) -> Tensor:
+        if self.recompute and h_CD.requires_grad:
+            again: Tensor = checkpoint(block, h_CD, context, noise, use_reentrant=False, preserve_rng_state=False)
+            return again
+        out_CD: Tensor = block(h_CD, context, noise)
         return out_CD

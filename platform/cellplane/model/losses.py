@@ -30,21 +30,41 @@ class SentenceLoss:
 
 
 def pretraining_loss(
-    batch: CellBatch, mask: Mask, latent: Latent, likelihoods: tuple[Tensor, Tensor], config: ModelConfig
+    batch: CellBatch, mask: Mask, latent: Latent, likelihoods: tuple[Tensor, Tensor], config: ModelConfig, step: int = 0
 ) -> SentenceLoss:
-    """NB of the cells with hidden entries (``likelihoods``: all genes, hidden genes, each [C]) plus the latent terms, per sentence."""
+    """Reconstruction of the cells with hidden entries plus the latent terms, per sentence.
+
+    ``likelihoods`` are over all measured genes and over hidden genes, each [C]; ``step`` is the optimizer step that the
+    warm-up of the latent Gaussian term goes by.
+    """
     full_C, hidden_C = likelihoods
     scored_C = mask.hidden_C > 0
-    nb_S, hidden_S = sentence_mean(full_C, batch, scored_C), sentence_mean(hidden_C, batch, scored_C)
+    full_S, hidden_S = sentence_mean(full_C, batch, scored_C), sentence_mean(hidden_C, batch, scored_C)
     everyone_C = torch.ones_like(scored_C)
-    kl_S = torch.zeros_like(nb_S) if latent.kl_C is None else sentence_mean(latent.kl_C.float(), batch, everyone_C)
-    cluster_S = torch.zeros_like(nb_S) if latent.cluster_C is None else sentence_mean(latent.cluster_C.float(), batch, everyone_C)
-    total_S = nb_S + hidden_S
+    kl_S = torch.zeros_like(full_S) if latent.kl_C is None else sentence_mean(latent.kl_C.float(), batch, everyone_C)
+    cluster_S = torch.zeros_like(full_S) if latent.cluster_C is None else sentence_mean(latent.cluster_C.float(), batch, everyone_C)
+    total_S = full_S + hidden_S
     if latent.kl_C is not None:
-        total_S = total_S + config.kl_weight * kl_S.clamp(min=config.kl_floor)
+        total_S = total_S + kl_term(kl_S, config, step)
     if latent.cluster_C is not None:
         total_S = total_S + config.cluster_weight * cluster_S.clamp(min=config.kl_floor)
-    return SentenceLoss(total_S, ("nb", "nb_hidden", "kl", "cluster"), torch.stack([nb_S, hidden_S, kl_S, cluster_S]).detach())
+    return SentenceLoss(total_S, PARTS[config.decoder], torch.stack([full_S, hidden_S, kl_S, cluster_S]).detach())
+
+
+PARTS = {
+    "negative_binomial": ("nb", "nb_hidden", "kl", "cluster"),
+    "gaussian": ("gaussian", "gaussian_hidden", "kl", "cluster"),
+}
+
+
+def kl_term(kl_S: Tensor, config: ModelConfig, step: int) -> Tensor:
+    """What the latent Gaussian term adds to the loss, [S]: floored, weighted, warmed up, and left out where it is small.
+
+    The weight is 0 at step 0 and whole from `kl_warmup_steps` on (the released code stops one step short of whole).
+    """
+    warmth = min(1.0, step / config.kl_warmup_steps) if config.kl_warmup_steps else 1.0
+    term_S = config.kl_weight * warmth * kl_S.clamp(min=config.kl_floor)
+    return torch.where(term_S < config.kl_drop_below, torch.zeros_like(term_S), term_S)
 
 
 def annotation_loss(batch: CellBatch, logits: Tensor) -> SentenceLoss:

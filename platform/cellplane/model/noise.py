@@ -13,10 +13,13 @@ from cellplane.cells import keyed_seed
 
 
 class Noise:
-    """Random tensors that depend on ``key`` and the name of the place that asks for them."""
+    """Random tensors that depend on ``key`` and the name of the place that asks for them.
 
-    def __init__(self, key: int) -> None:
-        self.key = key
+    ``step`` is the optimizer step that is being taken: what warms up in training reads it here, so that nothing counts in hiding.
+    """
+
+    def __init__(self, key: int, step: int = 0) -> None:
+        self.key, self.step = key, step
 
     def _generator(self, site: str, device: torch.device) -> torch.Generator:
         generator = torch.Generator(device=device)

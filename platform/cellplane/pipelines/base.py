@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,11 +34,11 @@ def open_model(model: str | Path | ModelFolder | None, prefix: str | None, direc
     return load_model(resolve_model(model, None, home() / "cache").path)
 
 
-def official_model(directory: Path, prefix: str) -> ModelFolder:
-    """A checkpoint by prefix: an official pair of files, or a model folder of that name."""
+def official_model(directory: Path, prefix: str, positions: Literal["none", "grid"] = "none") -> ModelFolder:
+    """A checkpoint by prefix: an official pair of files (``positions``: see `read_official`), or a model folder of that name."""
     if (directory / prefix / "manifest.json").is_file():
         return load_model(directory / prefix)
-    config, vocabulary, weights = read_official(directory, prefix)
+    config, vocabulary, weights = read_official(directory, prefix, positions)
     folder = ModelFolder(
         config=config,
         weights=weights,

@@ -1,6 +1,6 @@
-"""How well labels were predicted, and how far the stated confidence can be believed.
+"""How well labels and counts were predicted, and how far the stated confidence can be believed.
 
-Every number here is computed from labels alone, so a model and its baselines are judged by the same code. Macro
+Every number here is computed from answers alone, so a model and its baselines are judged by the same code. Macro
 averages run over the classes that occur in the truth: a class nobody has cannot be found, and a prediction of it
 already costs the recall of the class the cell really belongs to.
 """
@@ -18,6 +18,7 @@ from cellplane.errors import DataError
 
 # Bins of equal width, as in Guo et al., "On calibration of modern neural networks", ICML 2017.
 CALIBRATION_BINS = 15
+ROUNDING = 1e-13  # a column no longer than this for each cell differs from 0, or its mean, by rounding alone
 
 
 class AnnotationScores(TypedDict):
@@ -39,6 +40,57 @@ class Reliability:
     confidence: NDArray[np.float64]  # mean stated confidence
     accuracy: NDArray[np.float64]  # share that was right
     cells: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GeneScores:
+    """Scores of every gene over the cells, on log1p of the counts, each [G].
+
+    ``pearson`` and ``cosine`` in [-1, 1], NaN for a gene that does not vary (is 0 everywhere) in the truth; 0 where only the
+    prediction is constant (0). ``rmse`` and ``mae`` in log units.
+    """
+
+    pearson: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+    rmse: NDArray[np.float64]
+    mae: NDArray[np.float64]
+
+    def means(self) -> dict[str, float]:
+        """Means over the genes that have a value: pearson, cosine, rmse, mae.
+
+        Raises DataError when no gene varies, because nothing could be told from such a truth.
+        """
+        if np.isnan(self.pearson).all():
+            raise DataError(f"none of the {len(self.pearson)} genes varies over the cells; score on cells that differ")
+        return {name: float(np.nanmean(getattr(self, name))) for name in ("pearson", "cosine", "rmse", "mae")}
+
+
+def gene_scores(truth: ArrayLike, predicted: ArrayLike) -> GeneScores:
+    """How well each gene's counts were predicted, from true and predicted counts [C, G]; negative predictions count as 0.
+
+    The scores of the released imputation recipe. Raises DataError for other shapes, no cells, or counts that are not
+    finite or (in the truth) negative.
+    """
+    true, guess = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if true.shape != guess.shape or true.ndim != 2 or not true.size:
+        raise DataError(f"scoring counts needs two tables of the same cells and genes, found shapes {true.shape} and {guess.shape}")
+    if not (np.isfinite(true).all() and np.isfinite(guess).all() and (true >= 0).all()):
+        raise DataError("scoring counts needs finite numbers and a truth that is nowhere negative; pass counts, not scaled values")
+    true, guess = np.log1p(true), np.log1p(np.maximum(guess, 0))
+    difference = guess - true
+    return GeneScores(
+        pearson=_alignment(true - true.mean(0), guess - guess.mean(0)),
+        cosine=_alignment(true, guess),
+        rmse=np.sqrt((difference**2).mean(0)),
+        mae=np.abs(difference).mean(0),
+    )
+
+
+def _alignment(true: NDArray[np.float64], guess: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosine of the angle between the columns; NaN where the truth is 0, 0 where only the guess is."""
+    sizes = np.linalg.norm(true, axis=0), np.linalg.norm(guess, axis=0)
+    known = np.where(sizes[0] > ROUNDING * len(true), sizes[0], np.nan)
+    return np.asarray((true * guess).sum(0) / (known * np.where(sizes[1] > ROUNDING * len(guess), sizes[1], np.inf)))
 
 
 def annotation_scores(truth: ArrayLike, predicted: ArrayLike) -> AnnotationScores:

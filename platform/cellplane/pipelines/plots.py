@@ -30,6 +30,8 @@ LOSS_TERMS = {
     "loss": "total loss",
     "nb": "negative binomial,\nall genes",
     "nb_hidden": "negative binomial,\nhidden genes",
+    "gaussian": "Gaussian,\nall genes",
+    "gaussian_hidden": "Gaussian,\nhidden genes",
     "kl": "KL divergence\nof the latent",
     "cluster": "cluster\nassignment",
     "cross_entropy": "cross-entropy\nof the labels",

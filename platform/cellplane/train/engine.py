@@ -71,9 +71,9 @@ def _set_lr(groups: Sequence[dict[str, Any]], lr: float) -> None:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
-def _forward(model: nn.Module, work: Work) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _forward(model: nn.Module, work: Work, step: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Weighted loss sum with gradient, weighted [1 + n_parts] sums without, and the names of the parts."""
-    loss = model(work.batch, work.mask, Noise(work.key)).loss
+    loss = model(work.batch, work.mask, Noise(work.key, step)).loss
     if loss is None:
         raise TrainingError("the network has nothing to learn from this batch: no mask, decoder or labels")
     weighted = (loss.total * work.weights).sum()
@@ -118,7 +118,7 @@ class TorchEngine:
         sums: Tensor | None = None
         names: tuple[str, ...] = ()
         for work in works:
-            weighted, part, names = _forward(self.model, work.to(self.device))
+            weighted, part, names = _forward(self.model, work.to(self.device), step)
             (weighted / total).backward()  # type: ignore[no-untyped-call]
             sums = part if sums is None else sums + part
         if sums is None:
@@ -183,17 +183,17 @@ class DeepSpeedEngine:
             self._restore(self._restored, works[0])
             self._restored = None
         lr = self.config.lr_at(step)
-        means, names = self._accumulate(works, total, lr)
+        means, names = self._accumulate(works, total, step, lr)
         loss, *parts = means.tolist()
         return StepResult(loss, dict(zip(names, parts, strict=True)), self._grad_norm(), lr)
 
-    def _accumulate(self, works: Sequence[Work], total: float, lr: float) -> tuple[Tensor, tuple[str, ...]]:
+    def _accumulate(self, works: Sequence[Work], total: float, step: int, lr: float) -> tuple[Tensor, tuple[str, ...]]:
         _set_lr(self.engine.optimizer.param_groups, lr)
         idle = [Work(works[0].batch, works[0].mask, torch.zeros_like(works[0].weights), works[0].key)] * (self.rounds - len(works))
         sums: Tensor | None = None
         names: tuple[str, ...] = ()
         for work in (*works, *idle):
-            weighted, part, names = _forward(self.engine, work.to(self.engine.device))
+            weighted, part, names = _forward(self.engine, work.to(self.engine.device), step)
             # DeepSpeed divides by the accumulation and averages over the workers; our weights already sum to the whole step.
             self.engine.backward(weighted * (self.rounds * self.world_size / total))
             self.engine.step()
@@ -241,7 +241,7 @@ class DeepSpeedEngine:
     def _restore(self, state: TrainingState, work: Work) -> None:
         """Puts the moments back after one step at learning rate 0 and loss 0 has made DeepSpeed create them (STACK.md 9)."""
         nothing = Work(work.batch, work.mask, torch.zeros_like(work.weights), work.key)
-        self._accumulate([nothing], 1.0, 0.0)
+        self._accumulate([nothing], 1.0, state.step, 0.0)
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, state.optimizer[f"{moment}:{name}"])

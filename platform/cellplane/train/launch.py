@@ -31,7 +31,7 @@ from cellplane.data.sentences import StepPlan
 from cellplane.data.shards import read_manifest
 from cellplane.errors import ConfigError, DataError, ServiceError, TrainingError
 from cellplane.model.cellplm import new_model
-from cellplane.model.config import ModelConfig
+from cellplane.model.config import ModelConfig, identifying
 from cellplane.tracking.journal import Journal
 from cellplane.train.checkpoint import Checkpoints
 from cellplane.train.config import PretrainConfig
@@ -104,7 +104,7 @@ def full_model_config(config: PretrainConfig) -> ModelConfig:
 def run_identity(config: PretrainConfig) -> str:
     """Fingerprint of data and of every setting that changes the numbers: a checkpoint fits when it is equal."""
     plain = to_plain(config)
-    parts = {name: plain[name] for name in DETERMINING} | {"data": read_manifest(Path(config.shards)).fingerprint}
+    parts = {name: identifying(plain[name]) for name in DETERMINING} | {"data": read_manifest(Path(config.shards)).fingerprint}
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cellplane.cells import CellBatch
 from cellplane.data.sentences import MicroBatch, SentenceStore
 from cellplane.model.config import MaskingConfig
-from cellplane.model.masking import Mask, chosen_cells, drop_cells, mask_genes
+from cellplane.model.masking import Mask, chosen_cells, drop_cells, mask_genes, narrow_panels
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class MaskedObjective:
         return chosen_cells(self.store.sizes, self.masking).astype(np.float64)
 
     def prepare(self, micro_batch: MicroBatch) -> tuple[CellBatch, Mask | None]:
-        """Reads, drops, hides."""
+        """Reads, drops, narrows, hides."""
         batch = micro_batch.read(self.store)
         sizes = self.store.sizes[list(micro_batch.sentences)]
-        kept = drop_cells(batch, self.masking)
+        kept = narrow_panels(drop_cells(batch, self.masking), self.masking)
         return kept, mask_genes(kept, sizes, self.masking)
 
 
