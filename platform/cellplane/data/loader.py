@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.cells import CellBatch
-from cellplane.data.shards import Block, Manifest, ShardReader, check_shard, read_manifest, read_vocabulary
+from cellplane.data.shards import Block, Manifest, RawBlock, ShardReader, check_shard, read_manifest, read_vocabulary
 from cellplane.errors import DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 
@@ -42,7 +42,7 @@ class ShardStore:
         self.manifest: Manifest = read_manifest(self.folder)
         self.vocabulary: GeneVocabulary = read_vocabulary(self.folder, self.manifest)
         self._readers = [self._open(number) for number in range(len(self.manifest.shards))]
-        self._panels = torch.from_numpy(self.manifest.panels())
+        self.panels = torch.from_numpy(self.manifest.panels())
         self._first_row = np.concatenate([[0], np.cumsum([entry.cells for entry in self.manifest.datasets])])
         self._sizes = np.array([row.cells for row in self.manifest.sentences], dtype=np.int64)
         self._genes, self._values = _Buffers(np.int64), _Buffers(np.float32)
@@ -85,23 +85,32 @@ class ShardStore:
             self._readers[row.shard].block(row.index, into=(gene[start:end], value[start:end]))
             for row, start, end in zip(rows, edges[:-1], edges[1:], strict=True)
         ]
+        return CellBatch(gene=torch.from_numpy(gene), value=torch.from_numpy(value), panels=self.panels, **self.columns(blocks))
+
+    def raw(self, sentences: Sequence[int]) -> list[RawBlock]:
+        """These sentences in the bytes of the mapped files."""
+        rows = [self.manifest.sentences[index] for index in sentences]
+        return [self._readers[row.shard].raw(row.index) for row in rows]
+
+    def columns(self, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+        """All of a CellBatch but its genes, values and panels, from the blocks in this order."""
         cells = np.array([block.n_cells for block in blocks], dtype=np.int64)
+        starts = np.cumsum([0, *(block.crow[-1] for block in blocks)])[:-1]
         dataset = np.repeat(np.array([block.dataset for block in blocks], dtype=np.int64), cells)
-        return CellBatch(
-            crow=torch.from_numpy(_joined([[0], *(block.crow[1:] + start for block, start in zip(blocks, edges[:-1], strict=True))])),
-            gene=torch.from_numpy(gene),
-            value=torch.from_numpy(value),
-            panels=self._panels,
-            panel_index=torch.from_numpy(dataset),
-            cu_seqlens=torch.from_numpy(_joined([[0], np.cumsum(cells)])),
-            sentence_seed=torch.zeros(len(rows), dtype=torch.int64),
-            batch_index=torch.from_numpy(_joined([block.batch for block in blocks])),
-            dataset_index=torch.from_numpy(dataset.copy()),
-            platform_index=torch.from_numpy(_joined([block.platform for block in blocks])),
-            coordinates=torch.from_numpy(_coordinates(blocks)),
-            row=torch.from_numpy(_joined([block.cell for block in blocks]) + self._first_row[dataset]),
-            labels=torch.from_numpy(_joined([block.label for block in blocks])) if self.class_names else None,
-        )
+        columns = {
+            "crow": _joined([[0], *(block.crow[1:] + start for block, start in zip(blocks, starts, strict=True))]),
+            "panel_index": dataset,
+            "cu_seqlens": _joined([[0], np.cumsum(cells)]),
+            "sentence_seed": np.zeros(len(blocks), dtype=np.int64),
+            "batch_index": _joined([block.batch for block in blocks]),
+            "dataset_index": dataset.copy(),
+            "platform_index": _joined([block.platform for block in blocks]),
+            "coordinates": _coordinates(blocks),
+            "row": _joined([block.cell for block in blocks]) + self._first_row[dataset],
+        }
+        if self.class_names:
+            columns["labels"] = _joined([block.label for block in blocks])
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def _joined(parts: Iterable[Any]) -> NDArray[np.int64]:

@@ -15,9 +15,9 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,14 @@ class Block:
     def n_cells(self) -> int:
         """Cells of the sentence."""
         return len(self.crow) - 1
+
+
+class RawBlock(NamedTuple):
+    """A block as its bytes are: the entries ``at`` hold the escape and stand for ``exact``."""
+
+    block: Block
+    at: NDArray[np.int64]
+    exact: NDArray[np.uint32]
 
 
 def choose_encoding(values: Sequence[NDArray[Any]]) -> str:
@@ -162,18 +170,25 @@ class ShardReader:
 
         Without them ``gene`` and (where nothing had to be escaped) ``value`` are views of the mapped file.
         """
+        block, at, exact = self.raw(index)
+        gene, value = (block.gene, block.value) if into is None else into
+        if into is not None:
+            np.copyto(gene, block.gene, casting="unsafe")
+            np.copyto(value, block.value, casting="unsafe")
+        if len(at):
+            value = value.astype(np.uint32) if value.dtype.itemsize < 4 else value
+            value[at] = exact
+        return replace(block, gene=gene, value=value)
+
+    def raw(self, index: int) -> RawBlock:
+        """One sentence in the bytes of the mapped file, escapes unresolved."""
         batch = self._file.get_batch(index)
         crow = batch.column("gene").offsets.to_numpy().astype(np.int64)
-        gene, value = batch.column("gene").flatten().to_numpy(), batch.column("x").flatten().to_numpy()
-        if into is not None:
-            np.copyto(into[0], gene, casting="unsafe")
-            np.copyto(into[1], value, casting="unsafe")
-            gene, value = into
         coord, dataset = batch.column("coord"), batch.column("dataset")
-        return Block(
+        block = Block(
             crow=crow,
-            gene=gene,
-            value=self._exact(value, batch, crow),
+            gene=batch.column("gene").flatten().to_numpy(),
+            value=batch.column("x").flatten().to_numpy(),
             cell=batch.column("cell").to_numpy(),
             batch=batch.column("batch").to_numpy(),
             label=batch.column("label").to_numpy(),
@@ -181,16 +196,10 @@ class ShardReader:
             dataset=int(dataset[0].as_py()) if len(dataset) else -1,
             coord=None if coord.null_count else coord.flatten().to_numpy().reshape(-1, 2),
         )
-
-    def _exact(self, values: NDArray[Any], batch: pa.RecordBatch, crow: NDArray[np.int64]) -> NDArray[Any]:
-        """The values with every escape replaced by what it stands for."""
         if self.encoding not in ESCAPES or len((over := batch.column("x_over")).values) == 0:
-            return values
-        if values.dtype.itemsize < 4:
-            values = values.astype(np.uint32)
+            return RawBlock(block, np.zeros(0, np.int64), np.zeros(0, np.uint32))
         rows = np.repeat(np.arange(len(over)), np.diff(over.offsets.to_numpy()))
-        values[crow[rows] + over.values.field("pos").to_numpy()] = over.values.field("value").to_numpy()
-        return values
+        return RawBlock(block, crow[rows] + over.values.field("pos").to_numpy(), over.values.field("value").to_numpy())
 
 
 def file_sha256(path: Path) -> str:
