@@ -14,9 +14,8 @@ from torch import Tensor
 from cellplane.model import fused
 from cellplane.model.attention import ATTENTION
 from cellplane.model.encoder import Block
-from cellplane.model.fused import drop_of, dropout
 from cellplane.model.memory import give_back
-from cellplane.model.noise import Noise
+from cellplane.model.noise import Noise, drop_of, dropout
 from tests.tiny import TINY
 
 EDGES = torch.tensor([0, 5, 5, 12])

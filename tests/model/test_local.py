@@ -244,7 +244,7 @@ def test_nothing_as_large_as_the_pairs_of_cells_is_kept(monkeypatch):
 def test_in_bfloat16_answers_and_gradients_stay_close():
     batch, found = slide(sizes=[9, 14]), []
     for precision in ("float32", "bfloat16"):
-        network = opened(replace(LOCAL, precision=precision, latent="ae"))
+        network = opened(replace(LOCAL, precision=precision, latent="ae", width=64, decoder_width=64))  # norms over 16 channels, not 4
         output = network(batch, masked(batch), Noise(0))
         output.loss.total.sum().backward()
         local_gradients = torch.cat([parameter.grad.flatten() for parameter in network.encoder.local.parameters()])

@@ -262,6 +262,29 @@ def test_a_network_with_every_option_trains_alike_on_two_workers_of_deepspeed(st
     assert losses(tmp_path / "two", "r") == pytest.approx(losses(tmp_path / "one", "r"), rel=SAME)
 
 
+HALF = {"model": {"precision": "bfloat16", "width": 64, "decoder_width": 64}}
+
+
+def test_half_precision_trains_nearly_alike_and_keeps_whole_weights(run_config, tmp_path, monkeypatch, losses):
+    found = []
+    for name, precision in (("whole", "float32"), ("half", "bfloat16")):
+        monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / name))
+        config = run_config("r", TORCH | {"model": HALF["model"] | {"precision": precision}})
+        in_process(config)
+        found.append(losses(tmp_path / name, "r"))
+        weights = state_of(tmp_path / name, config, monkeypatch).weights
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.chaos) for stage in (0, 2, 3)])
+def test_half_precision_is_the_same_in_deepspeed(stage, run_config, run_workers, tmp_path, losses):
+    assert run_workers(run_config("r", engine_of("deepspeed", stage) | HALF), tmp_path / "two", 2) == [0, 0], log_of(tmp_path / "two")
+    assert run_workers(run_config("r", TORCH | HALF), tmp_path / "one", 1) == [0], log_of(tmp_path / "one")
+    assert losses(tmp_path / "two", "r") == pytest.approx(losses(tmp_path / "one", "r"), rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_worker_costs_only_the_steps_since_the_checkpoint(stage, finished, go_on, run_config, monkeypatch, losses):
     config = run_config("r", engine_of("deepspeed", stage))

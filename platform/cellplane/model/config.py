@@ -80,7 +80,7 @@ class ModelConfig:
     head_dropout: float = 0.5
     """Dropout before the annotation head (released fine-tuning recipe)."""
     recompute: bool = False
-    """Compute each block again in the backward pass instead of keeping its inner values: a fifth of the memory, a third more time."""
+    """Compute each block again in the backward pass instead of keeping its inner values: for contexts of tens of thousands of cells."""
     precision: Precision = "float32"
     """What products are computed in; sums, norms, losses and parameters stay float32."""
     gene_init_sd: float = 0.005

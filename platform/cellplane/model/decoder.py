@@ -19,12 +19,12 @@ from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.dispatch import reconstruction_of
 from cellplane.model.embedder import NORM_GROUPS
-from cellplane.model.fused import dropout, spared
+from cellplane.model.fused import spared
 from cellplane.model.gaussian import LOG_VARIANCE_RANGE, LogLayer
 from cellplane.model.kernels import DISPERSION_RANGE, MEAN_RANGE, Counts
 from cellplane.model.linear import Linear
 from cellplane.model.masking import Mask
-from cellplane.model.noise import Noise
+from cellplane.model.noise import Noise, dropout
 
 
 class Covariate(nn.Module):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.dispatch import gene_sum_of
-from cellplane.model.fused import dropout, spared
+from cellplane.model.fused import spared
 from cellplane.model.linear import Linear
 from cellplane.model.masking import Mask
-from cellplane.model.noise import Noise
+from cellplane.model.noise import Noise, dropout
 from cellplane.model.positions import POSITIONS
 
 NORM_GROUPS = 4  # GroupNorm over 4 groups of channels, as released

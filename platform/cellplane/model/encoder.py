@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.dispatch import attention_of
-from cellplane.model.fused import Drop, add_feed_forward, add_projection, drop_of, norm_project, recomputed
+from cellplane.model.fused import add_feed_forward, add_projection, norm_project, recomputed
 from cellplane.model.linear import Linear
 from cellplane.model.local import LocalBlock, Neighbours, neighbours
-from cellplane.model.noise import Noise
+from cellplane.model.noise import Drop, Noise, drop_of
 
 ATTENTION_DROPOUT = 0.01  # fixed in the released code, whatever its configuration says
 
