@@ -30,8 +30,8 @@ BESIDE = {("artifact", "cellplane.model.config")}  # the one thing known across 
 SOURCES, PLOTS, TRACKING, SERVE, CLI = "data/sources.py", "pipelines/plots.py", "tracking/", "serve/", "cli/"
 CONVERT, BATCH, LAUNCH, CLUSTER = "data/convert.py", "batch.py", "train/launch.py", "cluster.py"
 DOORS: dict[str, tuple[str, ...]] = {
-    "anndata": (SOURCES,),
-    "h5py": (SOURCES,),
+    "anndata": (SOURCES, "data/writing.py"),
+    "h5py": (SOURCES, "data/writing.py"),
     "ray.data": (CONVERT, BATCH),
     "ray.train": (LAUNCH,),
     "ray.serve": (SERVE,),
