@@ -133,10 +133,10 @@ class PeersBenchmark:
         side.ask("cells", dict(cells=count, nonzeros=self.nonzeros, genes=GENES))
         batch = fastest_batch(side, peer.batches, count)
 
-        def their_turn(side: Side) -> Answer:
+        def _their_turn(side: Side) -> Answer:
             return a_cell(side.ask("embed", dict(batch=batch)), count)
 
-        runs = {name: (side, their_turn)} | {key: (one, self.our_turn) for key, one in ours.items()}
+        runs = {name: (side, _their_turn)} | {key: (one, self.our_turn) for key, one in ours.items()}
         rounds = alternate(runs, self.rounds)
         details = costs(rounds, name) | {"mflop_a_cell": peer.flops(peer.shape, self.nonzeros) / 1e6, "parameters": size}
         how = f"{count} cells, batches of {batch} (fastest of {', '.join(map(str, peer.batches))})"

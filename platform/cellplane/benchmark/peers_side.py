@@ -152,11 +152,11 @@ class Peer:
         network, counts = self.network, self.counts.chunk(0, first or len(self.counts))
         kept: list[Tensor] = []
 
-        def run() -> None:
+        def _run() -> None:
             with torch.inference_mode():
                 kept.extend(network(counts.chunk(start, start + batch)) for start in range(0, len(counts), batch))
 
-        figures = measured(run)
+        figures = measured(_run)
         if save:
             np.save(save, torch.cat(kept).numpy())
         return figures | {"cells": len(counts)}

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ class Side:
             "PYTHONWARNINGS": "ignore",
         }
         command = [str(python or sys.executable), "-m", module]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the side; an unread pipe would stop a talkative worker)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
         )
 
     @property
@@ -64,14 +66,14 @@ class Side:
         return answer
 
     def _last_words(self) -> str:
-        assert self._process.stderr is not None
-        return " ".join(self._process.stderr.read().strip().splitlines()[-3:])
+        self._said.seek(0)
+        return " ".join(self._said.read().strip().splitlines()[-3:])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout, self._said):
             if stream is not None:
                 stream.close()
         self._process.terminate()
