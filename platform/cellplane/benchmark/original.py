@@ -104,7 +104,7 @@ class Original:
         kept: dict[str, Any] = {}
         hooks = self._hooks(kept) if save else []
 
-        def run() -> None:
+        def _once() -> None:
             x_dict = dict(self.inputs)
             with torch.no_grad():
                 self.model.mask_model.apply_mask(x_dict) if save else None
@@ -114,7 +114,7 @@ class Original:
                 kept["hidden"] = x_dict["h"]
                 kept["latent"] = self.model.latent(x_dict)[0]
 
-        figures = measured(run)
+        figures = measured(_once)
         if save:
             np.savez(save, **{name: tensor.numpy() for name, tensor in kept.items()})
         for hook in hooks:
@@ -133,14 +133,14 @@ class Original:
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=1e-8)
 
-        def run() -> None:
+        def _once() -> None:
             _, loss = self.model(dict(self.inputs))
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
             self.optimizer.step()
 
-        return measured(run) | self._state()
+        return measured(_once) | self._state()
 
     def _state(self) -> dict[str, int]:
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.grad is not None)

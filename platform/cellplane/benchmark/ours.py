@@ -57,12 +57,12 @@ class Ours:
 
         kept: dict[str, Any] = {}
 
-        def run() -> None:
+        def _once() -> None:
             with torch.inference_mode():
                 kept["latent"] = self._predictor().model(self.batch).latent
 
         self._predictor()
-        figures = measured(run)
+        figures = measured(_once)
         if save:
             network = self._predictor().model
             with torch.inference_mode():
@@ -87,12 +87,12 @@ class Ours:
         parts = list(self.batch.sentences())
         model = self._predictor().model
 
-        def run() -> None:
+        def _once() -> None:
             with torch.inference_mode():
                 for part in parts:
                     model(part)
 
-        return measured(run)
+        return measured(_once)
 
     def step(self) -> dict[str, Any]:
         """One optimizer step on all cells, masks included."""
@@ -107,11 +107,11 @@ class Ours:
         sizes = self.batch.cu_seqlens.diff().numpy()
         steps = np.random.default_rng(0)
 
-        def run() -> None:
+        def _once() -> None:
             mask = mask_genes(self.batch, sizes, masking)
             engine.step([Work(self.batch, mask, torch.from_numpy(sizes).float(), int(steps.integers(1 << 60)))], float(sizes.sum()), 0)
 
-        figures = measured(run)
+        figures = measured(_once)
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         return figures | {"runtime_bytes": self.runtime_bytes, "state_bytes": 16 * parameters}
 

@@ -50,6 +50,7 @@ class _NormProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: _Settings, h_CD: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The values; keeps what the derivatives need."""
         norm, layers = parameters[:2], parameters[2:]
         a_CD = _normed(h_CD, norm, settings.eps)[0].to(settings.dtype)
         ctx.settings = settings
@@ -58,6 +59,7 @@ class _NormProject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The derivatives."""
         h_CD, *parameters = ctx.saved_tensors
         norm, layers = parameters[:2], parameters[2:]
         normed, *stats = _normed(h_CD, norm, ctx.settings.eps)
@@ -88,12 +90,14 @@ class _AddProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: _Settings, h_CD: Tensor, x_CD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The values; keeps what the derivatives need."""
         ctx.settings = settings
         ctx.save_for_backward(x_CD, weight)
         return h_CD + settings.drops[0].drawn(h_CD.device)(affine(x_CD.to(settings.dtype), weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad_CD: Tensor) -> tuple[Any, ...]:
+        """The derivatives."""
         x_CD, weight = ctx.saved_tensors
         settings: _Settings = ctx.settings
         by_y = settings.drops[0].drawn(grad_CD.device)(grad_CD.to(settings.dtype, copy=True))
@@ -118,6 +122,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: _Settings, h_CD: Tensor, *parameters: Tensor) -> Tensor:
+        """The values; keeps what the derivatives need."""
         up, up_bias, down, down_bias = (tensor.to(settings.dtype) for tensor in parameters[2:])
         inner_drop, outer_drop = (drop.drawn(h_CD.device) for drop in settings.drops)
         out_CD, before = torch.empty_like(h_CD), []
@@ -134,6 +139,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_CD: Tensor) -> tuple[Any, ...]:
+        """The derivatives."""
         h_CD, *rest = ctx.saved_tensors
         parameters, before = rest[:6], rest[6:]
         settings: _Settings = ctx.settings
@@ -186,12 +192,14 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, attend: Callable[..., Tensor], cu_seqlens: Tensor, *qkv: Tensor) -> Tensor:
+        """The values; keeps what the derivatives need."""
         ctx.attend, ctx.cu_seqlens = attend, cu_seqlens
         ctx.save_for_backward(*qkv)
         return attend(*qkv, cu_seqlens)
 
     @staticmethod
     def backward(ctx: Any, grad_CHK: Tensor) -> tuple[Any, ...]:
+        """The derivatives."""
         qkv = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             out = ctx.attend(*qkv, ctx.cu_seqlens)

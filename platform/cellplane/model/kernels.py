@@ -50,12 +50,14 @@ class _GeneSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table_GD: Tensor, gene: Tensor, crow: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values; keeps what the derivatives need."""
         ctx.save_for_backward(gene, crow, weight)
         ctx.shape, ctx.dtype = table_GD.shape, table_GD.dtype
         return _bag(table_GD.to(dtype), gene, crow[:-1], weight.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_CD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The derivatives."""
         gene, crow, weight = ctx.saved_tensors
         genes, cells = ctx.shape[0], len(crow) - 1
         order = torch.argsort(gene.to(torch.int16 if genes <= 1 << 15 else torch.int32), stable=True)
@@ -310,6 +312,7 @@ class _Reconstruction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_full_C: Tensor, grad_hidden_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        """The derivatives."""
         u_CK, weight_GK, bias_G, log_dispersion_G, cells, *tensors = ctx.saved_tensors
         weights = grad_full_C[cells].float(), grad_hidden_C[cells].float()
         if _all_equal(*weights):

@@ -58,6 +58,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The values; keeps what the derivatives need."""
         x = x_MK.to(dtype)
         ctx.save_for_backward(x, weight_NK)
         ctx.dtypes = x_MK.dtype, weight_NK.dtype, None if bias_N is None else bias_N.dtype
@@ -65,6 +66,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+        """The derivatives."""
         x, weight_NK = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         by_x = affine(grad_MN, weight_NK.t()).to(x_dtype) if ctx.needs_input_grad[0] else None

@@ -100,11 +100,13 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, drop: Drop) -> Tensor:
+        """The values; keeps what the derivatives need."""
         ctx.drop = drop
         return drop.drawn(x.device)(x.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The derivatives."""
         return ctx.drop.drawn(grad.device)(grad.clone()), None
 
 
