@@ -90,7 +90,7 @@ class NegativeBinomialDecoder(_Trunk):
         if mask is not None:
             likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_dispersion_G, counts_of(batch, mask))
             return likelihoods
-        mean_CG = self.mean(u).exp().clamp(*MEAN_RANGE)
+        mean_CG = self.mean(u).float().exp().clamp(*MEAN_RANGE)
         return mean_CG, self.log_dispersion_G.exp().clamp(*DISPERSION_RANGE)
 
 
@@ -108,7 +108,7 @@ class GaussianDecoder(_Trunk):
         if mask is not None:
             likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_variance_G, (batch, mask))
             return likelihoods
-        return self.mean(u), self.log_variance_G.clamp(*LOG_VARIANCE_RANGE).exp()
+        return self.mean(u).float(), self.log_variance_G.clamp(*LOG_VARIANCE_RANGE).exp()
 
 
 class CountLayer(nn.Linear):
