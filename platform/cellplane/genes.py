@@ -7,6 +7,7 @@ carries gene positions therefore carries the vocabulary's fingerprint too.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,8 +19,12 @@ from numpy.typing import NDArray
 
 from cellplane.errors import VocabularyError
 
+log = logging.getLogger(__name__)
+
 ENSEMBL_PATTERN = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")  # ENSG00000141510.18, ENSMUSG00000059552
 MINIMUM_SHARED_GENES = 10  # below this an answer is noise (PROTOCOLS 4)
+LOW_OVERLAP = 0.1  # of the data's and of the model's genes: below it a person is warned
+EXACT, RENAMED, AMBIGUOUS, OUTSIDE, UNKNOWN = range(5)  # how a column found its place, or why it has none
 
 
 def namespace_of(gene_ids: Sequence[str]) -> str:
@@ -36,7 +41,7 @@ def namespace_of(gene_ids: Sequence[str]) -> str:
 
 def without_version(gene_id: str) -> str:
     """The id without the version suffix of an Ensembl id; symbols such as RP11-34P13.7 stay as they are."""
-    return gene_id.split(".", 1)[0] if ENSEMBL_PATTERN.match(gene_id) else gene_id
+    return gene_id.split(".", 1)[0] if gene_id.startswith("ENS") and ENSEMBL_PATTERN.match(gene_id) else gene_id
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class GeneVocabulary:
     def __len__(self) -> int:
         return len(self.gene_ids)
 
+    def extended(self, new_ids: Iterable[str]) -> GeneVocabulary:
+        """This vocabulary with more genes after its own, so that every old position stays; known ids are not added again."""
+        added = dict.fromkeys(without_version(str(gene)) for gene in new_ids)
+        return GeneVocabulary((*self.gene_ids, *(gene for gene in added if gene not in self._positions)), self.namespace)
+
     def index(self, gene_ids: Iterable[str]) -> NDArray[np.int64]:
         """Position of each id, shape [n] int64; -1 where the vocabulary does not have it."""
         return np.array([self._positions.get(without_version(str(gene)), -1) for gene in gene_ids], dtype=np.int64)
@@ -85,9 +95,7 @@ class GeneVocabulary:
         """How these columns map into the vocabulary; raises VocabularyError when fewer than 10 (or all, if fewer exist) are shared."""
         positions = self.index(gene_ids)
         alignment = GeneAlignment(positions=positions, n_vocabulary=len(self), source_namespace=namespace_of(list(gene_ids)))
-        needed = min(MINIMUM_SHARED_GENES, len(self))
-        if alignment.n_shared < needed:
-            raise VocabularyError(self._too_few(alignment, gene_ids, needed))
+        self.require_enough(alignment, gene_ids)
         shared = positions[positions >= 0]
         if len(np.unique(shared)) != len(shared):
             raise VocabularyError(
@@ -95,6 +103,15 @@ class GeneVocabulary:
                 "stripped; sum or drop the repeated columns first"
             )
         return alignment
+
+    def require_enough(self, alignment: GeneAlignment, gene_ids: Sequence[str]) -> None:
+        """Raises VocabularyError when fewer than 10 genes (or all, if fewer exist) have a place; warns when it is a small share."""
+        needed = min(MINIMUM_SHARED_GENES, len(self))
+        if alignment.n_shared < needed:
+            raise VocabularyError(self._too_few(alignment, gene_ids, needed))
+        if max(alignment.overlap, alignment.n_shared / len(self)) < LOW_OVERLAP:
+            found = f"{alignment.n_shared} of {len(alignment.positions)} genes"
+            log.warning("only %s are among the model's %d: answers rest on few genes", found, len(self))
 
     def _too_few(self, alignment: GeneAlignment, gene_ids: Sequence[str], needed: int) -> str:
         found = f"{alignment.n_shared} of {len(alignment.positions)} genes are in the model's vocabulary, at least {needed} are needed"
@@ -109,16 +126,28 @@ class GeneVocabulary:
 
 @dataclass(frozen=True)
 class GeneAlignment:
-    """Where each column of a data set goes: ``positions`` [n] int64, -1 = not in the vocabulary and left out."""
+    """Where each column of a data set goes: ``positions`` [n] int64, -1 = no place in the vocabulary, left out.
+
+    Two columns of one position are added up. ``outcome`` [n] int8 says of each column EXACT, RENAMED (through an id
+    table or ignoring case), or why it is left out: AMBIGUOUS, OUTSIDE (a known gene that the vocabulary does not have)
+    or UNKNOWN. ``table`` is the fingerprint of the id table that was used, or None.
+    """
 
     positions: NDArray[np.int64]
     n_vocabulary: int
     source_namespace: str
+    outcome: NDArray[np.int8] | None = None
+    table: str | None = None
 
     @property
     def n_shared(self) -> int:
         """Columns that have a place in the vocabulary."""
         return int((self.positions >= 0).sum())
+
+    @cached_property
+    def n_summed(self) -> int:
+        """Columns that are added to another one of the same gene."""
+        return self.n_shared - int(self.panel().sum())
 
     @property
     def overlap(self) -> float:
@@ -132,6 +161,14 @@ class GeneAlignment:
         return panel
 
     def report(self) -> dict[str, int | float]:
-        """Counts for logs, answers and `uns`: genes shared, dropped, the overlap."""
+        """Counts for logs, answers and `uns`: genes shared, dropped for any reason, the overlap.
+
+        With an ``outcome`` also how many of the shared were renamed or added to another, and how many of the dropped
+        were ambiguous, or are known genes outside the vocabulary.
+        """
         dropped = len(self.positions) - self.n_shared
-        return {"n_genes": len(self.positions), "n_shared": self.n_shared, "n_dropped": dropped, "overlap": self.overlap}
+        counts = {"n_genes": len(self.positions), "n_shared": self.n_shared, "n_dropped": dropped, "overlap": self.overlap}
+        if self.outcome is None:
+            return counts
+        kinds = {"n_renamed": RENAMED, "n_ambiguous": AMBIGUOUS, "n_outside": OUTSIDE}
+        return {**counts, **{name: int((self.outcome == kind).sum()) for name, kind in kinds.items()}, "n_summed": self.n_summed}
