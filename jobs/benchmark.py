@@ -1,4 +1,4 @@
-"""Side-by-side measurements: `python -m jobs.benchmark model | peers`. JSON lines while it runs, a table at the end."""
+"""Side-by-side measurements: `python -m jobs.benchmark model | peers | data`. JSON lines while it runs, a table at the end."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ import logging
 import sys
 from pathlib import Path
 
-from cellplane.benchmark.model import PARTS, ModelBenchmark
+from cellplane.benchmark import data, model
 from cellplane.benchmark.peers import PeersBenchmark
 from cellplane.benchmark.report import machine, table
 from cellplane.errors import CellplaneError
 
+PARTS = {"model": model.PARTS, "peers": {}, "data": data.PARTS}
+
 
 def arguments() -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", choices=("model", "peers"), help="ours beside the released CellPLM, or beside gene language models")
-    parser.add_argument("--cells", type=int, default=2000)
-    parser.add_argument("--nonzeros", type=int, default=2000, help="non-zero counts of each cell")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="quiet rounds, the sides in turn in each")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=(), help="model: these parts alone")
-    parser.add_argument("--python", type=Path, help="the other packages' Python; default: an environment is made for them")
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=tuple(PARTS), help="beside the released CellPLM, gene language models, or other loaders")
+    parser.add_argument("--cells", type=int, help="default: 2000; data: 100000")
+    parser.add_argument("--nonzeros", type=int, help="non-zero counts of each cell; default: 2000; data: 1350")
+    parser.add_argument("--threads", type=int, help="default: 2; data: 1, as in a Ray Train worker of one CPU")
+    parser.add_argument("--rounds", type=int, help="quiet rounds, the sides in turn in each; default: 5")
+    parser.add_argument("--only", nargs="+", default=(), help=f"model, data: these parts alone ({', '.join([*model.PARTS, *data.PARTS])})")
+    parser.add_argument("--python", type=Path, help="model, peers: the other packages' Python; default: an environment is made for them")
+    given = parser.parse_args()
+    if unknown := set(given.only) - set(PARTS[given.what]):
+        parser.error(f"{given.what} has no part {min(unknown)!r}; it has: {', '.join(PARTS[given.what]) or 'none'}")
+    return given
 
 
 def main() -> int:
     """Measures and prints; 1 when a gate does not hold, else what the error says."""
     given = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    sizes = {"cells": given.cells, "nonzeros": given.nonzeros, "threads": given.threads, "rounds": given.rounds}
+    sizes = {name: value for name in ("cells", "nonzeros", "threads", "rounds") if (value := getattr(given, name)) is not None}
+    makers = {
+        "model": lambda: model.ModelBenchmark(**sizes, original_python=given.python, only=tuple(given.only)),
+        "peers": lambda: PeersBenchmark(**sizes, python=given.python),
+        "data": lambda: data.DataBenchmark(**sizes, only=tuple(given.only)),
+    }
+    figures = []
     try:
-        if given.what == "model":
-            benchmark: ModelBenchmark | PeersBenchmark = ModelBenchmark(**sizes, original_python=given.python, only=tuple(given.only))
-        else:
-            benchmark = PeersBenchmark(**sizes, python=given.python)
         print(machine(), flush=True)
-        figures = []
-        for figure in benchmark.run():
+        for figure in makers[given.what]().run():
             print(figure.line(), flush=True)
             figures.append(figure)
     except CellplaneError as error:

@@ -1,4 +1,4 @@
-"""Converts h5ad files to shards: `python -m jobs.convert --config configs/data/default.yaml -o out=...`."""
+"""Converts AnnData (h5ad, zarr) to shards: `python -m jobs.convert --config configs/data/default.yaml -o out=...`."""
 
 from __future__ import annotations
 

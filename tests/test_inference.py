@@ -224,9 +224,9 @@ def test_labels_are_read_as_positions_among_the_models_classes(cells):
     assert table.labels.tolist() == expected
 
 
-@pytest.mark.parametrize(("keys", "error"), [(DataKeys(batch_key="donor"), ColumnError), (DataKeys(spatial_key="where"), ColumnError)])
+@pytest.mark.parametrize(("keys", "error"), [(DataKeys(batch_key="patient"), ColumnError), (DataKeys(spatial_key="where"), ColumnError)])
 def test_a_column_that_is_not_there_is_named(cells, keys, error):
-    with pytest.raises(error, match=r"donor|where"):
+    with pytest.raises(error, match=r"patient|where"):
         read_cells(cells, tiny_folder().vocabulary, keys, 8)
 
 

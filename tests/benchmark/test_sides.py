@@ -249,7 +249,19 @@ def test_an_environment_that_cannot_be_made_is_an_error_and_is_not_taken_for_com
     assert environments.installed("small") is None
 
 
-@pytest.mark.parametrize("name", environments.ENVIRONMENTS)
+def test_an_environment_has_the_python_that_its_packages_need(commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(environments, "PYTHONS", {"small": "9.9"})
+    monkeypatch.setattr(environments.Path, "home", lambda: tmp_path)
+    with pytest.raises(BenchmarkError, match=r"small needs Python 9\.9, this is 3\..*put it on the PATH"):
+        environments.environment("small")
+    interpreter = tmp_path / ".pyenv" / "versions" / "9.9.1" / "bin" / "python9.9"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.touch()
+    environments.environment("small")
+    assert commands[1][:3] == [str(interpreter), "-m", "venv"]
+
+
+@pytest.mark.parametrize("name", sorted(set(environments.ENVIRONMENTS) - {"annbatch"}))  # which hands out scipy's matrices
 def test_other_packages_are_measured_with_the_torch_we_use_ourselves(name):
     pinned = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned is not None

@@ -319,6 +319,8 @@ def test_cells_become_shards_that_can_be_looked_at_and_verified(ray_cluster, run
     info = run("data", "info", "shards", "--json").json
     assert (info["cells"], info["genes"], info["labels"]) == (200, 150, "type_0, type_1, type_2, type_3")
     assert run("data", "verify", "shards").code == 0
+    assert run("data", "export", "shards", "--out", "back").code == 0
+    assert (read_h5ad(Path("back") / Path(h5ad).name).X != read_h5ad(h5ad).X).nnz == 0
     (shard,) = Path("shards").glob("*.arrow")
     shard.write_bytes(shard.read_bytes()[:-8])
     damaged = run("data", "verify", "shards")

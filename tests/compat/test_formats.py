@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from cellplane.artifact.folder import load_model, save_model
+from cellplane.data.loader import ShardStore
+from cellplane.data.manifest import verify_shards
 from cellplane.errors import DataError
 from cellplane.inference import Predictor
 from cellplane.train.checkpoint import Checkpoints, read_checkpoint
@@ -59,3 +61,18 @@ def test_a_folder_of_format_1_is_still_verified(tmp_path, name):
     (copy / "weights.safetensors").write_bytes(whole)
     with pytest.raises(DataError, match="weights"):
         (load_model if name == "model" else read_checkpoint)(copy)
+
+
+SHARDS_FINGERPRINT = "ee7e6c9623941b7c3605ba18fe388afdc51fa9ba91eb99b21d46248edf6f4d87"
+
+
+def test_shards_of_format_1_are_read_and_keep_their_identity():
+    """Two data sets of 40 and 30 cells with positions and two large counts, written before tables stood beside shards."""
+    store = ShardStore(V1 / "shards")
+    batch = store.read(range(len(store.sizes)))
+    assert verify_shards(V1 / "shards").fingerprint == store.manifest.fingerprint == SHARDS_FINGERPRINT
+    sums = (batch.n_cells, float(batch.value.sum()), int(batch.gene.sum()), float(batch.value.max()))
+    assert sums == (70, 103_221, 8219, 100_000)
+    np.testing.assert_allclose(float(batch.coordinates.double().sum()), 42_866.9727, rtol=1e-6)
+    assert store.class_names == ("type_0", "type_1", "type_2", "type_3")
+    assert [entry.obs_file for entry in store.manifest.datasets] == [None, None]

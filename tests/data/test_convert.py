@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +16,7 @@ import pytest
 import scipy.sparse as sp
 
 from cellplane.config import load_config
+from cellplane.data import work
 from cellplane.data.config import ConvertConfig, DataKeys, SimulateConfig
 from cellplane.data.convert import ConvertReport, convert_with, write_part
 from cellplane.data.loader import ShardStore
@@ -122,6 +123,9 @@ CHILD = """if True:
     from cellplane.data.convert import convert_with, write_part
     from cellplane.errors import CellplaneError
     import json
+    if len(sys.argv) > 3:
+        from cellplane.data import planning, work
+        planning.RANGE_BYTES = work.SPAN_BYTES = int(sys.argv[3])
     if len(sys.argv) > 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
     try:
@@ -136,63 +140,6 @@ def in_child(config: ConvertConfig, *arguments: str, fault: str = "") -> subproc
     return subprocess.run(command, env={**os.environ, "FAULT_AT": fault}, capture_output=True, text=True, timeout=120, check=False)
 
 
-KILLS = (
-    "before_shard:0",
-    "before_shard:2",
-    "before_rename:0",
-    "before_rename:3",
-    "after_shard:1",
-    "before_move:0",
-    "before_move:2",
-    "before_manifest:0",
-    "before_cleanup:0",
-)
-
-
-KILLER = """if True:
-    import json, os, sys
-    from cellplane.config import validate
-    from cellplane.data.config import ConvertConfig
-    from cellplane.data.convert import convert_with, write_part
-    ends = {}
-    for fault, text in json.loads(sys.stdin.read()).items():
-        if (child := os.fork()) == 0:
-            os.environ["FAULT_AT"] = fault
-            convert_with(validate(ConvertConfig, json.loads(text), ""), lambda tasks: map(write_part, tasks), lambda _: None)
-            os._exit(0)
-        ends[fault] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps(ends))
-    """
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> tuple[dict[str, int], dict[str, ConvertConfig], ConvertConfig]:
-    """One conversion killed at each point (how it ended, its config), and the config of one that was not."""
-    folder = tmp_path_factory.mktemp("killed")
-    path = folder / "cells.h5ad"
-    write_h5ad(simulate(SimulateConfig(n_cells=120, n_genes=40)), path)
-    configs = {fault: config_for(folder / fault.replace(":", "_"), path) for fault in KILLS}
-    texts = json.dumps({fault: config.model_dump_json() for fault, config in configs.items()})
-    done = subprocess.run([sys.executable, "-c", KILLER], input=texts, capture_output=True, text=True, timeout=120, check=True)
-    never = config_for(folder / "never", path)
-    run(never)
-    return json.loads(done.stdout), configs, never
-
-
-@pytest.mark.parametrize("fault", KILLS)
-def test_a_conversion_killed_anywhere_and_run_again_gives_the_same_bytes(killed, fault):
-    ends, configs, never = killed
-    out = Path(configs[fault].out)
-    assert ends[fault] == -signal.SIGKILL
-    assert (out / "manifest.json").exists() == (fault == "before_cleanup:0")
-    report = run(configs[fault])
-    if fault.startswith(("before_move", "before_manifest", "before_cleanup")):
-        assert report.shards_new == 0  # what was finished is not written twice
-    assert contents(out) == contents(Path(never.out))
-    assert not list(out.rglob("*.tmp"))
-    assert not (out / ".staging").exists()
-
-
 def test_a_full_disk_is_one_clear_error_and_leaves_the_folder_as_it_was(cells, h5ad, tmp_path):
     run(config_for(tmp_path, h5ad))
     before = contents(tmp_path / "shards")
@@ -203,6 +150,18 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_folder_as_it_was(cells, h
     assert "bytes free" in done.stdout
     assert contents(tmp_path / "shards") == before
     assert not list((tmp_path / "shards").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("limit", [200, 3000, 6000, 12_000, 20_000])
+def test_wherever_the_disk_fills_up_the_same_error_and_nothing_to_see(tmp_path, limit):
+    """Runs, shards, tables and plans of all sizes meet the limit at different files."""
+    write_h5ad(simulate(SimulateConfig(n_cells=500, n_genes=100)), tmp_path / "big.h5ad")
+    config = config_for(tmp_path, tmp_path / "big.h5ad", max_cells=50, shard_bytes=30_000)
+    done = in_child(config, str(limit), "4000")
+    assert done.stdout.startswith("StorageError no room to write"), done.stdout + done.stderr
+    assert contents(tmp_path / "shards") == {}
+    assert not list((tmp_path / "shards").rglob("*.tmp"))
+    assert run(config).cells == 500
 
 
 def test_too_little_room_is_noticed_before_anything_is_written(h5ad, tmp_path, monkeypatch):
@@ -220,6 +179,20 @@ def test_a_source_that_changes_meanwhile_is_an_error(cells, h5ad, tmp_path):
     assert answer["error"] == "DataError"
     assert "changed while it was converted" in answer["message"]
     assert str(h5ad) in answer["message"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(cells, h5ad, tmp_path, monkeypatch):
+    encoded = work._encoded
+
+    def growing(*arguments):
+        yield from encoded(*arguments)
+        with h5ad.open("ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr(work, "_encoded", growing)
+    with pytest.raises(DataError, match="changed while it was converted"):
+        run(config_for(tmp_path, h5ad))
+    assert contents(tmp_path / "shards") == {}
 
 
 def test_two_conversions_into_one_folder_do_not_mix(h5ad, tmp_path):
@@ -358,3 +331,61 @@ def test_real_files_convert_under_their_ensembl_ids(shared, tmp_path):
     assert report.nnz == sum(adata.X.nnz for adata in expected)
     dense = matrix_of(tmp_path / "shards")
     assert dense.sum() == sum(float(adata.X.sum()) for adata in expected)
+
+
+def test_sentences_of_spatial_cells_are_patches(tmp_path):
+    """Neighbours stay together: the cells of a sentence fill a small part of the slide, and lie near on the curve."""
+    side = np.arange(64, dtype=np.float32)
+    adata = simulate(SimulateConfig(n_cells=64 * 64, n_genes=12))
+    order = np.random.default_rng(0).permutation(64 * 64)
+    adata.obsm["spatial"] = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)[order]
+    write_h5ad(adata, tmp_path / "slide.h5ad")
+    run(config_for(tmp_path, tmp_path / "slide.h5ad", keys=DataKeys(spatial_key="spatial"), max_cells=256, shard_bytes=10**5))
+    store = ShardStore(tmp_path / "shards")
+    for sentence in range(len(store.sizes)):
+        where = store.read([sentence]).coordinates.numpy()
+        assert np.ptp(where, axis=0).max() <= 32  # 256 of 4,096 cells: 16 x 16 at best
+        assert np.abs(np.diff(where, axis=0)).sum(axis=1).max() == 1
+
+
+def test_sentences_do_not_cross_a_field_of_view(cells, tmp_path):
+    cells.obs["fov"] = [f"f{row % 3}" for row in range(120)]
+    write_h5ad(cells, tmp_path / "fov.h5ad")
+    run(config_for(tmp_path, tmp_path / "fov.h5ad", fov_key="fov"))
+    store = ShardStore(tmp_path / "shards")
+    for sentence in range(len(store.sizes)):
+        rows = store.read([sentence]).row.numpy()
+        assert len(set(cells.obs["fov"].to_numpy()[rows])) == len(set(cells.obs["batch"].to_numpy()[rows])) == 1
+    assert set(store.manifest.batch_names) == {"fov/batch_0", "fov/batch_1"}
+
+
+def test_the_order_of_the_file_can_be_kept(cells, h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad, keys=DataKeys(), order="file"))
+    store = ShardStore(tmp_path / "shards")
+    assert store.read(range(len(store.sizes))).row.tolist() == list(range(120))
+
+
+def test_a_model_or_other_shards_can_give_the_vocabulary(cells, h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad))
+    genes = list(read_manifest(tmp_path / "shards").datasets[0].genes)
+    assert genes
+    report = run(config_for(tmp_path, h5ad, out=str(tmp_path / "again"), vocabulary=str(tmp_path / "shards")))
+    assert report.genes == 40
+    model = Path(__file__).parents[1] / "compat" / "v1" / "model"
+    cells.var_names = [f"GENE{gene:02d}" for gene in range(40)]
+    write_h5ad(cells, tmp_path / "named.h5ad")
+    assert run(config_for(tmp_path, tmp_path / "named.h5ad", out=str(tmp_path / "third"), vocabulary=str(model))).genes == 12
+
+
+def test_progress_tells_the_rate_and_what_is_left(h5ad, tmp_path):
+    said: list[str] = []
+    convert_with(config_for(tmp_path, h5ad), lambda tasks: map(write_part, tasks), said.append)
+    assert re.search(r"1 of \d+ shards, \d+ % done, [\d,]+ cells/s, \d+ s left", "\n".join(said))
+    assert "100 % done" in said[-2]
+
+
+def test_a_worker_needs_neither_torch_nor_ray():
+    """What a task imports is what every worker holds in memory."""
+    code = "import sys; import cellplane.data.work; print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

@@ -16,11 +16,18 @@ from cellplane.data import loader
 from cellplane.data.config import ConvertConfig, DataKeys, SimulateConfig
 from cellplane.data.convert import convert_with, write_part
 from cellplane.data.loader import ShardStore, prefetch
+from cellplane.data.sentences import SentenceWeights
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import write_h5ad
-from cellplane.errors import IntegrityError
+from cellplane.errors import ConfigError, IntegrityError
 
 KEYS = DataKeys(batch_key="batch", labels_key="cell_type")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch) -> None:
+    """What a node remembers of shards is this test's own."""
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
@@ -126,15 +133,91 @@ def test_a_damaged_shard_is_refused_by_name(store):
         ShardStore(store.folder)
 
 
-def test_bytes_are_checked_once_per_process(store, monkeypatch):
-    checked = []
-    monkeypatch.setattr(loader, "check_shard", lambda path, entry: checked.append(entry.name))
-    ShardStore(store.folder)
-    assert checked == []
-    touched = store.folder / store.manifest.shards[0].name
-    touched.touch()
-    ShardStore(store.folder)
-    assert checked == [store.manifest.shards[0].name]
+def opened_elsewhere(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that another process of this node checks when it opens the store."""
+    checked: list[str] = []
+    check = loader.check_shard
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_verified", {})  # what this process knows by itself
+        patch.setattr(loader, "check_shard", lambda path, entry: (checked.append(entry.name), check(path, entry)))
+        ShardStore(store.folder)
+    return checked
+
+
+def test_bytes_are_checked_once_per_process_and_node(store, monkeypatch):
+    shards = [entry.name for entry in store.manifest.shards]
+    assert opened_elsewhere(store, monkeypatch) == []
+    (store.folder / shards[0]).touch()
+    assert opened_elsewhere(store, monkeypatch) == [shards[0]]
+    monkeypatch.setattr(loader, "REMEMBERED_S", -1.0)
+    assert opened_elsewhere(store, monkeypatch) == shards
+
+
+def test_a_shard_that_was_refused_is_refused_again_by_every_process(store, monkeypatch):
+    path = store.folder / store.manifest.shards[0].name
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match=path.name):
+            opened_elsewhere(store, monkeypatch)
+
+
+def test_without_a_place_to_remember_bytes_are_checked_by_every_process(store, monkeypatch, tmp_path):
+    (tmp_path / "a-file").touch()
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "a-file"))
+    shards = [entry.name for entry in store.manifest.shards]
+    assert opened_elsewhere(store, monkeypatch) == shards == opened_elsewhere(store, monkeypatch)
+
+
+def test_what_another_start_of_the_machine_remembered_is_forgotten(store, monkeypatch):
+    monkeypatch.setattr(loader, "_boot", lambda: "another")
+    assert opened_elsewhere(store, monkeypatch) == [entry.name for entry in store.manifest.shards]
+    assert [path.name for path in (loader._remembered()).parent.iterdir()] == ["another"]
+
+
+def test_sentences_weigh_what_their_sample_or_data_set_weighs(store):
+    assert store.draw_weights(None) is None
+    rows = store.manifest.sentences
+    by_dataset = store.draw_weights(SentenceWeights(column="dataset", values={"b": 2.5}))
+    assert by_dataset.tolist() == [2.5 if row.dataset == 1 else 1.0 for row in rows]
+    sample = store.manifest.batch_names[2]
+    by_sample = store.draw_weights(SentenceWeights(column="batch", values={sample: 0}))
+    assert by_sample.tolist() == [0.0 if row.batch == 2 else 1.0 for row in rows]
+    with pytest.raises(ConfigError, match="no dataset called 'c'"):
+        store.draw_weights(SentenceWeights(column="dataset", values={"c": 1}))
+
+
+def test_as_many_buffers_as_batches_in_use_are_used_again(store, monkeypatch):
+    monkeypatch.setattr(loader, "MAX_IDLE", 4)
+
+    def read(times: int) -> set[int]:
+        held = [store.read([0]) for _ in range(times)]
+        return {batch.value.data_ptr() for batch in held}
+
+    assert read(4) == read(4)
+    assert len(read(9)) == 9
+    for _ in range(3):
+        read(1)
+    assert len(store._values._arrays) <= 5
+
+
+def test_a_buffer_that_became_too_small_is_replaced(store):
+    small, large = int(store.sizes.argmin()), range(len(store.sizes))
+    store.read([small])
+    store.read(large)
+    assert len(store._values._arrays) == 1
+
+
+def test_batches_handed_over_by_a_thread_are_not_overwritten_while_they_are_used(store):
+    sentences = [index % len(store.sizes) for index in range(60)]
+    expected = {index: store.read([index]).value.clone() for index in set(sentences)}
+    previous: list[CellBatch] = []
+    for index, batch in zip(sentences, prefetch(store.read([index]) for index in sentences), strict=True):
+        previous = [*previous[-2:], batch]
+        time.sleep(0.001)  # the thread reads on
+        assert torch.equal(batch.value, expected[index])
+    del batch, previous
 
 
 def test_prefetching_changes_neither_order_nor_errors():
@@ -167,3 +250,30 @@ def test_prefetching_stays_two_ahead_and_ends_with_its_consumer():
     assert len(made) <= 6  # three taken, two waiting, one in the producer's hand
     items.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "cellplane-prefetch"]
+
+
+def test_prefetching_one_ahead_holds_one_item_beside_the_one_in_hand():
+    made = []
+    items = prefetch((made.append(number) or number for number in range(10)), ahead=1)
+    assert next(items) == 0
+    deadline = time.monotonic() + 20
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+    assert list(items) == list(range(1, 10))
+
+
+def test_a_producer_is_closed_when_its_consumer_stops():
+    closed = threading.Event()
+
+    def produce():
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    items = prefetch(produce())
+    next(items)
+    items.close()
+    assert closed.is_set()

@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, StepPlan, contexts, deal, memory_store
-from cellplane.errors import DataError
+from cellplane.data.sentences import (
+    CellTable,
+    MemoryStore,
+    MicroBatch,
+    PlanConfig,
+    SentenceWeights,
+    StepPlan,
+    contexts,
+    deal,
+    draw_weights,
+    memory_store,
+)
+from cellplane.errors import ConfigError, DataError
 
 
 def keys_of(sizes: dict[str, int], seed: int = 0) -> list[str]:
@@ -160,6 +171,93 @@ def test_workers_together_run_the_step_and_each_runs_equally_many(world_size):
     assert len({len(own) for own in dealt}) == 1
     run = [micro_batch for own in dealt for micro_batch in own if micro_batch is not None]
     assert sorted(run, key=micro_batches.index) == micro_batches
+
+
+def an_epoch(plan: StepPlan, epoch: int) -> list[list[MicroBatch]]:
+    """The micro-batches of every step of an epoch."""
+    first = sum(plan.steps_of_epoch(earlier) for earlier in range(epoch))
+    return [plan.at(first + step) for step in range(plan.steps_of_epoch(epoch))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_any_number_of_ranks_sees_every_sentence_once_an_epoch_in_the_same_micro_batches(world_size, epoch):
+    plans = [StepPlan(SIZES, PLAN) for _ in range(world_size)]  # every worker computes its own
+    dealt = [[deal(step, rank, world_size) for step in an_epoch(plans[rank], epoch)] for rank in range(world_size)]
+    together = [[own[turn] for turn in range(len(step[0])) for own in step if own[turn] is not None] for step in zip(*dealt, strict=True)]
+    assert together == an_epoch(StepPlan(SIZES, PLAN), epoch)
+    seen = [sentence for step in together for micro_batch in step for sentence in micro_batch.sentences]
+    assert sorted(seen) == list(range(len(SIZES)))
+
+
+def drawn(plan: StepPlan, epochs: int) -> np.ndarray:
+    """How often each sentence comes in so many epochs."""
+    steps = chain.from_iterable(an_epoch(plan, epoch) for epoch in range(epochs))
+    return np.bincount([sentence for step in steps for part in step for sentence in part.sentences], minlength=len(plan.sizes))
+
+
+WEIGHTS = np.random.default_rng(5).gamma(1.0, size=57)
+
+
+def test_a_weighted_epoch_draws_every_sentence_as_often_as_its_weight_says():
+    expected = 57 * WEIGHTS / WEIGHTS.sum()
+    plan = StepPlan(SIZES, PLAN, WEIGHTS)
+    once = drawn(plan, 1)
+    assert once.sum() == 57
+    assert (abs(once - expected) < 1).all()
+    np.testing.assert_allclose(drawn(plan, 200) / 200, expected, atol=0.2)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 3.0])
+def test_equal_weights_draw_every_sentence_once_and_a_weight_of_zero_leaves_out(weight):
+    plan = StepPlan(SIZES, PLAN, np.full(57, weight))
+    for epochs in (1, 2, 20):
+        assert (drawn(plan, epochs) == epochs).all()
+    half = np.where(np.arange(57) % 2, weight, 0.0)
+    assert drawn(StepPlan(SIZES, PLAN, half), 3).tolist() == [0, 3] * 28 + [0]
+
+
+def test_a_weighted_step_depends_on_its_number_alone():
+    forward = [StepPlan(SIZES, PLAN, WEIGHTS).at(step) for step in range(60)]
+    plan = StepPlan(SIZES, PLAN, WEIGHTS)
+    shuffled = {step: plan.at(step) for step in np.random.default_rng(0).permutation(60).tolist()}
+    assert [shuffled[step] for step in range(60)] == forward
+
+
+def test_a_sentence_that_comes_twice_is_masked_differently():
+    weights = np.ones(57)
+    weights[7] = 40.0
+    parts = list(chain.from_iterable(an_epoch(StepPlan(SIZES, PLAN, weights), 0)))
+    seeds = [seed for part in parts for sentence, seed in zip(part.sentences, part.seeds, strict=True) if sentence == 7]
+    assert len(seeds) == len(set(seeds)) > 10
+
+
+@pytest.mark.parametrize("weights", [np.zeros(57), np.full(57, -1.0), np.full(57, np.nan), np.ones(3)])
+def test_weights_that_draw_nothing_are_refused(weights):
+    with pytest.raises(DataError, match="weight"):
+        StepPlan(SIZES, PLAN, weights)
+
+
+def test_a_configuration_with_weights_needs_them_computed():
+    weighted = PLAN.model_copy(update={"weights": SentenceWeights(column="batch")})
+    with pytest.raises(ConfigError, match=r"plan\.weights"):
+        StepPlan(SIZES, weighted)
+
+
+def test_weights_are_those_of_the_names_in_a_column():
+    column, names = np.array([0, 1, 1, 2, -1]), ("liver", "lung", "skin")
+    weights = draw_weights(SentenceWeights(column="dataset", values={"lung": 3, "skin": 0}), column, names)
+    assert weights.tolist() == [1, 3, 3, 0, 1]
+    with pytest.raises(ConfigError, match=r"no dataset called 'lungs'; did you mean 'lung'"):
+        draw_weights(SentenceWeights(column="dataset", values={"lungs": 3}), column, names)
+
+
+def test_the_state_of_a_plan_is_a_step_number():
+    """A pickled or fresh plan goes on where another stood: nothing but (seed, step) decides."""
+    steady = StepPlan(SIZES, PLAN)
+    for step in range(40):
+        steady.at(step)
+    assert steady.at(40) == StepPlan(SIZES, PLAN).at(40)
 
 
 def test_seeds_and_keys_depend_on_the_seed_the_epoch_and_the_step():

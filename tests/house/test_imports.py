@@ -28,12 +28,16 @@ BESIDE = {("artifact", "cellplane.model.config")}  # the one thing known across 
 
 # Where a library may be imported; a place ending in / is a folder. What is not listed here may not be imported at all.
 SOURCES, PLOTS, TRACKING, SERVE, CLI = "data/sources.py", "pipelines/plots.py", "tracking/", "serve/", "cli/"
+GUARD, READER, EXPORT = "data/guard.py", "data/reader.py", "data/export.py"
 CONVERT, BATCH, LAUNCH, CLUSTER = "data/convert.py", "batch.py", "train/launch.py", "cluster.py"
+LOADERS, MEASURED = "benchmark/data_peers.py", "benchmark/data_ray.py"
 DOORS: dict[str, tuple[str, ...]] = {
-    "anndata": (SOURCES, "data/writing.py"),
-    "h5py": (SOURCES, "data/writing.py"),
+    "anndata": (SOURCES, READER, EXPORT, "data/writing.py", LOADERS),
+    "h5py": (SOURCES, GUARD, READER, EXPORT, "data/writing.py"),
+    "zarr": (GUARD, READER, LOADERS),
+    "fsspec": ("data/inputs.py",),
     "ray.data": (CONVERT, BATCH),
-    "ray.train": (LAUNCH,),
+    "ray.train": (LAUNCH, MEASURED),
     "ray.serve": (SERVE,),
     "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER),
     "ray": (CLUSTER,),
@@ -51,6 +55,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "omegaconf": ("config.py",),
     "yaml": ("config.py",),
     "CellPLM": ("benchmark/original.py",),
+    "annbatch": (LOADERS,),
+    "scdataset": (LOADERS,),
+    "bionemo": (LOADERS,),
     "transformers": ("benchmark/peers_side.py",),
     "scvi": ("benchmark/peers_side.py",),
     "safetensors": ("artifact/", "train/checkpoint.py"),
@@ -58,7 +65,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "threadpoolctl": ("pipelines/",),
     "triton": ("model/triton_kernels.py",),
 }
-MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, SERVE)  # plain `import ray`, to ask whether a cluster is there
+MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, SERVE, MEASURED)  # plain `import ray`, to ask whether a cluster is there
 EVERYWHERE = {"numpy", "scipy", "pandas", "pyarrow", "pydantic", "torch"}
 MODEL_ROOM = {"torch", "numpy", "triton"}  # the model runs where there is nothing else, and without triton (a door of its own)
 OURS = {"cellplane", "jobs"}

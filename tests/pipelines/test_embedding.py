@@ -30,7 +30,7 @@ def test_the_data_is_changed_only_when_a_key_is_given(pipeline, query):
     data = query.copy()
     latent = pipeline.predict(data)
     assert not len(data.obsm)
-    assert not data.uns
+    assert set(data.uns) == set(query.uns)
     np.testing.assert_array_equal(pipeline.predict(data, key_added="cellplm"), latent)
     np.testing.assert_array_equal(data.obsm["X_cellplm"], latent)
     assert (data.uns["cellplm"]["n_shared"], data.uns["cellplm"]["n_genes"]) == (120, 150)

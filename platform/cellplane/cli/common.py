@@ -19,7 +19,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def given(values: Mapping[str, object]) -> list[str]:
     """Overrides for the options that were given, {"a.b": value}, quoted so that any path survives."""
-    return [f"{key}={json.dumps(_plain(value))}" for key, value in values.items() if value not in (None, False, [])]
+    chosen = {key: value for key, value in values.items() if value is not None and value is not False and value != []}  # 0 is a choice
+    return [f"{key}={json.dumps(_plain(value))}" for key, value in chosen.items()]
 
 
 def _plain(value: object) -> object:
@@ -81,6 +82,27 @@ def progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, float]], N
             bar.update(task, completed=done, total=total, note=note)
 
         yield show
+
+
+@contextmanager
+def live() -> Iterator[Callable[[str], None]]:
+    """`say`, on a terminal in one line that changes."""
+    if not sys.stderr.isatty():
+        yield say
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    last = ""
+    with console.status("") as status:
+
+        def tell(text: str) -> None:
+            nonlocal last
+            last = text
+            status.update(text)
+
+        yield tell
+    say(last)
 
 
 def seconds_since(began: float) -> str:

@@ -1,32 +1,43 @@
-"""`cellplane data`: from h5ad files to shards, and looking at shards."""
+"""`cellplane data`: from AnnData to shards and back, and looking at shards."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, say
+from cellplane.cli import genes as gene_verbs
+from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, live, progress
+from cellplane.cli.validation import show as show_validation
+from cellplane.errors import DataError
 
 app = typer.Typer(help="Convert AnnData to shards, look at them, check them.", no_args_is_help=True)
+app.add_typer(gene_verbs.app, name="genes")
 Folder = Annotated[Path, typer.Argument(help="Folder written by `cellplane data convert`.")]
 
 
 @app.command("convert")
 def convert(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="h5ad files; without any, those of the configuration.")] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(help="h5ad files, zarr folders, folders, globs, URLs; else the config's.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the shards.")] = None,
     config: ConfigOption = None,
     override: Overrides = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Text file of gene ids, or model folder, that fixes the genes.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Where the raw counts are; they are looked for without it.")] = None,
     batch_key: Annotated[str | None, typer.Option(help="obs column of the sample: its cells form sentences.")] = None,
+    fov_key: Annotated[str | None, typer.Option(help="obs column of the field of view: no sentence crosses one.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="obs column of the labels.")] = None,
+    spatial_key: Annotated[str | None, typer.Option(help="obsm entry of coordinates in micrometres: sentences become patches.")] = None,
     recover_counts: Annotated[bool, typer.Option("--recover-counts", help="Invert log1p values when counts come back exactly.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert h5ad files to Arrow shards with Ray Data; what is there already is reused."""
-    keys = given({"keys.batch_key": batch_key, "keys.labels_key": labels_key, "keys.recover_counts": recover_counts})
-    answer(convert_files(config, [*given({"inputs": inputs, "out": out}), *keys, *(override or [])]), as_json)
+    """Convert AnnData to Arrow shards with Ray Data; what is there already is reused."""
+    columns = {"layer": layer, "batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key}
+    keys = given({f"keys.{key}": value for key, value in {**columns, "recover_counts": recover_counts}.items()})
+    options = given({"inputs": inputs, "out": out, "vocabulary": vocabulary, "fov_key": fov_key})
+    answer(convert_files(config, [*options, *keys, *(override or [])]), as_json)
 
 
 def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -35,13 +46,14 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
     from cellplane.config import load_config
     from cellplane.data.config import ConvertConfig
     from cellplane.data.convert import convert as run
-    from cellplane.data.sources import check_h5ad
+    from cellplane.data.guard import check_source
+    from cellplane.data.planning import ordered_inputs
 
     loaded = load_config(ConvertConfig, config, "data", overrides)
-    for path in loaded.inputs:
-        check_h5ad(Path(path))  # before a cluster is started for nothing
-    with local_ray(log_to_driver=False):
-        report = run(loaded, say)
+    for _, path in ordered_inputs(loaded):
+        check_source(path)  # before a cluster is started for nothing
+    with local_ray(log_to_driver=False), live() as tell:
+        report = run(loaded, tell)
     return {
         "shards": report.out,
         "cells": report.cells,
@@ -53,23 +65,28 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
         "recovered": report.recovered,
         "largest_deviation": round(report.largest_deviation, 4),
         "seconds": round(report.seconds, 1),
+        "cells_per_s": round(report.cells_per_s),
     }
 
 
 @app.command("info")
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a folder of shards holds."""
-    from cellplane.data.shards import read_manifest
+    from cellplane.data.manifest import read_manifest
 
     manifest = read_manifest(folder)
+    measured = manifest.panels().sum(axis=1).tolist()
     answer(
         {
             "cells": manifest.cells,
             "genes": manifest.n_genes,
             "stored_values": manifest.nnz,
+            "bytes": sum(entry.bytes for entry in manifest.shards),
             "sentences": len(manifest.sentences),
             "shards": len(manifest.shards),
             "datasets": ", ".join(entry.name for entry in manifest.datasets),
+            "cells_and_genes": ", ".join(f"{entry.cells} x {genes}" for entry, genes in zip(manifest.datasets, measured, strict=True)),
+            "counts": ", ".join(f"{entry.name}: {entry.count_source}" for entry in manifest.datasets),
             "batches": len(manifest.batch_names),
             "labels": ", ".join(manifest.label_names) or "none",
             "fingerprint": manifest.fingerprint,
@@ -81,7 +98,98 @@ def info(folder: Folder, as_json: Json = False) -> None:
 @app.command("verify")
 def verify(folder: Folder, as_json: Json = False) -> None:
     """Check every byte of a folder of shards against its manifest."""
-    from cellplane.data.shards import verify_shards
+    from cellplane.data.manifest import verify_shards
 
     manifest = verify_shards(folder)
     answer({"verified": str(folder), "shards": len(manifest.shards), "cells": manifest.cells}, as_json)
+
+
+@app.command("export")
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the h5ad files, one for each data set.")],
+    dataset: Annotated[list[str] | None, typer.Option(help="Export this data set only; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write shards back as h5ad files: the counts as they were converted, with their tables of cells and genes."""
+    from cellplane.data.export import export as run
+
+    with progress("exporting") as show:
+        files = run(folder, out, dataset or (), lambda done, total: show(done, total, {}))
+    answer({"written": ", ".join(map(str, files)), "bytes": sum(path.stat().st_size for path in files)}, as_json)
+
+
+@app.command("simulate")
+def simulate(
+    out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
+    cells: Annotated[int | None, typer.Option("--cells", help="Number of cells.")] = None,
+    genes: Annotated[int | None, typer.Option("--genes", help="Number of genes.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Another seed gives other cells.")] = None,
+    gzip: Annotated[bool, typer.Option("--gzip", help="Compress the file; slower to write and to read.")] = False,
+    config: ConfigOption = "default",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write cells with known truth: types, donors, neighbours that act on one another, knock-outs. Any size, little memory."""
+    options = given({"n_cells": cells, "n_genes": genes, "seed": seed})
+    answer(simulate_file(out, config, [*options, *(override or [])], gzip), as_json)
+
+
+def simulate_file(out: Path, config: str | None, overrides: list[str], gzip: bool) -> dict[str, Any]:
+    """Loads the configuration and writes the cells; what to print."""
+    from cellplane.config import fingerprint, load_config
+    from cellplane.data.config import SimulateConfig
+    from cellplane.data.simulate import simulate_to
+    from cellplane.errors import ConfigError
+
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name the h5ad file to write")
+    loaded = load_config(SimulateConfig, config, "simulate", overrides)
+    began = time.monotonic()
+    with progress(f"simulating {out.name}") as show:
+        simulate_to(out, loaded, lambda done: show(done, loaded.n_cells, {}), gzip=gzip)
+    seconds = time.monotonic() - began
+    return {
+        "out": out,
+        "cells": loaded.n_cells,
+        "genes": loaded.n_genes,
+        "bytes": out.stat().st_size,
+        "seconds": round(seconds, 1),
+        "cells_per_s": round(loaded.n_cells / max(seconds, 1e-9)),
+        "config_sha256": fingerprint(loaded),
+    }
+
+
+@app.command("validate")
+def validate(
+    file: Annotated[Path, typer.Argument(help="h5ad file or zarr folder.")],
+    config: ConfigOption = None,
+    override: Overrides = None,
+    batch_key: Annotated[str | None, typer.Option(help="obs column of the sample, as for convert.")] = None,
+    labels_key: Annotated[str | None, typer.Option(help="obs column of the labels.")] = None,
+    spatial_key: Annotated[str | None, typer.Option(help="obsm entry of the positions.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Text file of gene ids that the genes must be found in.")] = None,
+    recover_counts: Annotated[bool, typer.Option("--recover-counts", help="Accept log1p values whose counts come back exactly.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what is in a file and what would go wrong with it; ends with 3 when converting it would fail."""
+    keys = {"batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key, "recover_counts": recover_counts}
+    options = given({"inputs": [file], **{f"keys.{key}": value for key, value in keys.items()}, "vocabulary": vocabulary})
+    found = validate_file(config, [*options, *(override or [])])
+    if as_json:
+        answer(found, True)
+    else:
+        show_validation(found)
+    if not found["ok"]:
+        raise typer.Exit(DataError.exit_code)
+
+
+def validate_file(config: str | None, overrides: list[str]) -> dict[str, Any]:
+    """Loads the configuration of a conversion and looks at its file; what to print."""
+    from cellplane.config import load_config
+    from cellplane.data.config import ConvertConfig
+    from cellplane.data.validate import validate as look
+
+    loaded = load_config(ConvertConfig, config, "data", [*overrides, "out=."])  # nothing is written
+    with progress(f"looking at {Path(loaded.inputs[0]).name}") as show:
+        return look(loaded, lambda done, cells: show(done, cells, {})).plain()

@@ -24,6 +24,7 @@ SCHEMAS = {  # kind of a config file = its folder -> module and class that read 
     "predict": ("cellplane.batch", "PredictConfig"),
     "pretrain": ("cellplane.train.config", "PretrainConfig"),
     "serve": ("cellplane.serve.deployment", "ServeConfig"),
+    "simulate": ("cellplane.data.config", "SimulateConfig"),
 }
 
 

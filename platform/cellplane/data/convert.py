@@ -1,8 +1,10 @@
-"""From h5ad files to a folder of shards, with Ray Data: one task writes one shard.
+"""From h5ad files and zarr folders to a folder of shards, with Ray Data.
 
-Expression values never travel through Ray: a task reads its rows from the source, writes its shard into a staging
-folder and returns a descriptor. When all are there they are renamed into place and the manifest is written, last. A
-conversion killed at any moment leaves the folder as it was, and running it again goes on from the finished shards.
+Expression values never travel through Ray: a task reads its rows from the source, writes a file into a staging folder
+and returns a descriptor. A source that is in order is read straight into shards; one whose samples are spread over it is
+read once, in row ranges, into runs (`runs.py`), from which the shards are made. When all are there they are renamed into
+place and the manifest is written, last. A conversion killed at any moment leaves the folder as it was, and running it
+again goes on from the finished files to the same bytes.
 """
 
 from __future__ import annotations
@@ -22,41 +24,30 @@ from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from cellplane import config as configuration
 from cellplane import errors
 from cellplane.data.config import ConvertConfig
-from cellplane.data.counts import describe, recover
-from cellplane.data.naming import to_vocabulary
-from cellplane.data.planning import BYTES_PER_CELL, BYTES_PER_ENTRY, SHARD_NAME, Plan, Task, make_plan, parse_task, stamp_of, task_json
-from cellplane.data.shards import (
+from cellplane.data.encode import NotWholeError
+from cellplane.data.files import atomic_file, fault, free_bytes, storage_errors, sync_folder
+from cellplane.data.manifest import (
     MANIFEST,
-    MAX_UINT16_GENES,
-    Block,
     DatasetEntry,
     Manifest,
     SentenceRow,
     ShardEntry,
-    atomic_file,
-    check_shard,
-    fault,
-    file_sha256,
-    free_bytes,
     pack_panel,
     read_manifest,
-    storage_errors,
-    sync_folder,
     write_manifest,
-    write_shard,
 )
-from cellplane.data.sources import CellReader
-from cellplane.errors import CellplaneError, DataError, IntegrityError, ServiceError, StorageError
-from cellplane.genes import GeneAlignment
+from cellplane.data.planning import SHARD_NAME, TABLE_NAME, Plan, make_plan
+from cellplane.data.tasks import ShardTask, TableTask, Task, safe_name, task_json
+from cellplane.data.work import descriptor, write_row
+from cellplane.data.work import write_part as write_part
+from cellplane.errors import DataError, ServiceError, StorageError
 
 log = logging.getLogger(__name__)
 STAGING, LOCK = ".staging", ".lock"
-READ_CELLS = 4096  # rows read at once: some tens of MB
 
 
 @dataclass(frozen=True)
@@ -103,33 +94,103 @@ def convert(config: ConvertConfig, progress: Callable[[str], None] | None = None
     return convert_with(config, lambda tasks: _ray_results(tasks, config.workers), progress or log.info)
 
 
-def convert_with(
-    config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[str]], progress: Callable[[str], None]
-) -> ConvertReport:
-    """`convert` with any way to ``run`` the tasks: texts of tasks in, texts of results (see `write_part`) out."""
+def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[str]], progress: Callable[[str], None]) -> ConvertReport:
+    """`convert` with any way to ``run`` the tasks: texts of tasks in, texts of results (see `work.write_part`) out."""
     started = time.perf_counter()
     out = Path(config.out).absolute()
     with _locked(out):
-        plan = make_plan(config, out / STAGING, progress)
-        _check_space(plan, out)
-        results: dict[str, Written] = {}
-        for text in run([task_json(task) for task in plan.tasks]):
-            written = _parse_result(text)
-            results[written.entry.name] = written
-            progress(f"{len(results)} of {len(plan.tasks)} shards, {sum(done.entry.cells for done in results.values())} cells")
-        shards = [results[task.name] for task in plan.tasks]
-        manifest = _manifest(config, plan, shards)
+        known = _keep_descriptors(out)
+        real: frozenset[str] = frozenset()
+        while True:
+            fault("before_plan")
+            plan = make_plan(config, out / STAGING, progress, known, real)
+            fault("after_plan")
+            _check_space(plan, out)
+            try:
+                shards, tables = _run(plan, run, progress)
+                break
+            except _RealValues as found:
+                real |= {found.dataset}
+        manifest = _manifest(config, plan, shards, tables)
         _publish(out, plan, manifest)
     reused = sum(shard.reused for shard in shards)
     progress(f"{len(shards) - reused} new, {reused} reused")
     return _report(out, manifest, len(shards) - reused, time.perf_counter() - started)
 
 
+class _RealValues(Exception):
+    """A data set that looked whole holds other values: it is planned again."""
+
+    def __init__(self, dataset: str) -> None:
+        super().__init__(dataset)
+        self.dataset = dataset
+
+
+def _run(
+    plan: Plan, run: Callable[[Sequence[str]], Iterable[str]], progress: Callable[[str], None]
+) -> tuple[list[Written], dict[str, str]]:
+    """The shards in the order of their tasks, and the sha256 of every table."""
+    first: list[Task] = [*plan.tables, *(task for own in _missing_ranges(plan) for task in own)]
+    cells = sum(source.cells for source in plan.sources)
+    watch = _Watch(progress, cells + sum(task.stop - task.start for own in _missing_ranges(plan) for task in own))
+    tables: dict[str, str] = {}
+    results: dict[str, Written] = {}
+    for text in run([task_json(task) for task in first]):
+        done = _parse_result(text, plan)
+        if done["kind"] == "table":
+            tables[done["name"]] = done["sha256"]
+        else:
+            watch.add(done["cells"], "read")
+    for text in run([task_json(task) for task in plan.tasks]):
+        done = _parse_result(text, plan)
+        entry = ShardEntry(**done["entry"])
+        results[entry.name] = Written(entry, tuple(done["nnz"]), tuple(done["cells"]), done["reused"])
+        watch.add(entry.cells, f"{len(results)} of {len(plan.tasks)} shards,")
+    return [results[task.name] for task in plan.tasks], tables
+
+
+def _missing_ranges(plan: Plan) -> list[tuple[Any, ...]]:
+    """The ranges of every data set that has a shard to write from them."""
+    unfinished = {task.dataset for task in plan.tasks if not _seems_finished(task)}
+    return [own for dataset, own in enumerate(plan.ranges) if dataset in unfinished]
+
+
+def _seems_finished(task: ShardTask) -> bool:
+    """Whether a finished file of the right size is there; the task itself looks closer."""
+    if not descriptor(task).is_file():
+        return False
+    size = json.loads(descriptor(task).read_bytes())["entry"]["bytes"]
+    places = (Path(task.out) / task.name, Path(task.staging) / task.name)
+    return any(path.is_file() and path.stat().st_size == size for path in places)
+
+
+class _Watch:
+    """Says how far a conversion is, how fast it goes and how long it will take."""
+
+    def __init__(self, say: Callable[[str], None], total: int) -> None:
+        self._say, self._total, self._done, self._began = say, total, 0, time.perf_counter()
+
+    def add(self, cells: int, doing: str) -> None:
+        """Some more cells were read, or written."""
+        self._done += cells
+        rate = self._done / max(time.perf_counter() - self._began, 1e-9)
+        left = (self._total - self._done) / rate
+        self._say(f"{doing} {100 * self._done / self._total:.0f} % done, {rate:,.0f} cells/s, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _ray_results(tasks: Sequence[str], workers: int | None) -> Iterator[str]:
+    if not tasks:
+        return
     with quiet_ray_data():
         asked = os.environ.get("FAULT_AT", "")  # workers were started earlier, with another environment
         rows = ray.data.from_items([{"task": task, "fault": asked} for task in tasks], override_num_blocks=len(tasks))
-        for row in rows.map(_write_row, num_cpus=1, concurrency=workers).iter_rows():
+        for row in rows.map(write_row, num_cpus=1, concurrency=workers).iter_rows():
             yield row["result"]
 
 
@@ -146,141 +207,13 @@ def quiet_ray_data() -> Iterator[None]:
         context.enable_progress_bars = bars
 
 
-def _write_row(row: dict[str, str]) -> dict[str, str]:
-    os.environ["FAULT_AT"] = row["fault"]
-    return {"result": write_part(row["task"])}
-
-
-def write_part(text: str) -> str:
-    """Write one shard (or find it finished) and describe it, as JSON; our own errors come back as text, not as a Ray failure."""
-    task = parse_task(text)
-    try:
-        return json.dumps(_finished(task) or _write(task))
-    except CellplaneError as error:
-        return json.dumps({"error": type(error).__name__, "message": str(error)})
-
-
-def _parse_result(text: str) -> Written:
-    plain = json.loads(text)
+def _parse_result(text: str, plan: Plan) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(text)
+    if plain.get("error") == NotWholeError.__name__:
+        raise _RealValues(next(source.name for source in plan.sources if safe_name(source.name) == plain["dataset"]))
     if "error" in plain:
         raise getattr(errors, plain["error"])(plain["message"])
-    entry = ShardEntry(**plain["entry"])
-    return Written(entry, tuple(plain["nnz"]), tuple(plain["cells"]), plain["reused"])
-
-
-def _finished(task: Task) -> dict[str, Any] | None:
-    """The description of this shard if an earlier run wrote it and its bytes are still right."""
-    described = _descriptor(task)
-    if not described.is_file():
-        return None
-    plain: dict[str, Any] = json.loads(described.read_bytes())
-    entry = ShardEntry(**plain["entry"])
-    for folder in (Path(task.out), Path(task.staging)):
-        try:
-            check_shard(folder / task.name, entry)
-        except IntegrityError:
-            continue
-        return {**plain, "reused": True}
-    return None
-
-
-def _descriptor(task: Task) -> Path:
-    return Path(task.staging) / f"{task.name}.json"
-
-
-def _write(task: Task) -> dict[str, Any]:
-    fault("before_shard")
-    path, staged = Path(task.path), Path(task.staging) / task.name
-    _check_unchanged(task)
-    with CellReader(path) as reader:
-        blocks, deviation = _blocks(task, reader)
-    _check_unchanged(task)
-    nnz, cells = [len(block.gene) for block in blocks], [block.n_cells for block in blocks]
-    write_shard(staged, blocks, task.n_genes, {**task.metadata, "cells": str(sum(cells)), "nnz": str(sum(nnz))})
-    fault("after_shard")
-    entry = ShardEntry(task.name, staged.stat().st_size, file_sha256(staged), sum(cells), sum(nnz), task.dataset, deviation)
-    plain = {"entry": asdict(entry), "nnz": nnz, "cells": cells, "reused": False}
-    with atomic_file(_descriptor(task)) as temporary:
-        temporary.write_text(json.dumps(plain), encoding="utf-8")
     return plain
-
-
-def _check_unchanged(task: Task) -> None:
-    path = Path(task.path)
-    if not path.exists() or stamp_of(path) != tuple(task.stamp):
-        raise DataError(f"{path} changed while it was converted; let its writer finish and convert again")
-
-
-def _blocks(task: Task, reader: CellReader) -> tuple[list[Block], float]:
-    """The shard's sentences, read in ascending row ranges whatever their order; and the largest deviation of recovered counts."""
-    arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in Path(task.arrays).glob("*.npy")}
-    edges = np.asarray(arrays["edges"][task.first_sentence : task.end_sentence + 1])
-    rows = np.asarray(arrays["rows"][edges[0] : edges[-1]])
-    ascending = np.sort(rows)
-    cells, deviation = _read_cells(task, reader, ascending, np.asarray(arrays["positions"]))
-    blocks = []
-    for start, end in zip(edges[:-1] - edges[0], edges[1:] - edges[0], strict=True):
-        wanted = rows[start:end]
-        crow, gene, value = cells.take(np.searchsorted(ascending, wanted))
-        blocks.append(
-            Block(
-                crow=crow,
-                gene=gene,
-                value=value,
-                cell=wanted,
-                batch=arrays["batch"][wanted],
-                label=arrays["label"][wanted],
-                dataset=task.dataset,
-                coord=arrays["coordinates"][wanted] if "coordinates" in arrays else None,
-            )
-        )
-    return blocks, deviation
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """CSR rows in narrow types."""
-
-    crow: NDArray[np.int64]
-    gene: NDArray[Any]
-    value: NDArray[Any]
-
-    def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
-        lengths = self.crow[rows + 1] - self.crow[rows]
-        crow = np.concatenate([[0], np.cumsum(lengths)])
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-            span = slice(int(self.crow[rows[0]]), int(self.crow[rows[-1] + 1]))
-            return crow, self.gene[span], self.value[span]
-        entry = np.arange(crow[-1]) - np.repeat(crow[:-1] - self.crow[rows], lengths)
-        return crow, self.gene[entry], self.value[entry]
-
-
-def _read_cells(task: Task, reader: CellReader, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[_Cells, float]:
-    """These ascending rows over the vocabulary, every value checked to be a count, or made one again."""
-    alignment = GeneAlignment(positions, task.n_genes, "")
-    totals = reader.totals() if task.recovered else None
-    gene_type = np.uint16 if task.n_genes <= MAX_UINT16_GENES else np.uint32
-    lengths, genes, values, deviation = [], [], [], 0.0
-    at = 0
-    while at < len(rows):
-        end = int(np.searchsorted(rows, rows[at] + READ_CELLS))
-        wanted = rows[at:end]
-        low, high = int(wanted[0]), int(wanted[-1]) + 1
-        matrix = reader.rows(task.place, low, high)
-        if task.recovered:
-            again = recover(matrix, None if totals is None else totals[low:high])
-            if again is None:
-                raise DataError(f"{task.path}: counts of cells {low} to {high} in {task.place} do not come back exactly; use raw counts")
-            matrix, deviation = again.matrix, max(deviation, again.deviation)
-        elif finding := describe(matrix, f"{task.path}: {task.place}, cells from {low}"):
-            raise DataError(f"{task.path}: {task.place} looked like counts, but cells {low} to {high} hold {finding}; use raw counts")
-        part = to_vocabulary(matrix if len(wanted) == high - low else matrix[wanted - low], alignment)
-        lengths.append(np.diff(part.indptr))
-        genes.append(part.indices.astype(gene_type))
-        values.append(part.data.astype(np.min_scalar_type(int(part.data.max())) if len(part.data) else np.uint8))
-        at = end
-    crow = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return _Cells(crow, np.concatenate(genes), np.concatenate(values)), deviation
 
 
 @contextmanager
@@ -304,45 +237,54 @@ def _take(descriptor: int, out: Path) -> None:
 
 
 def _check_space(plan: Plan, out: Path) -> None:
-    _keep_descriptors(out)
-    entries = sum(float(source.entries.sum()) for source in plan.sources)
-    cells = sum(source.cells for source in plan.sources)
-    there = sum(path.stat().st_size for folder in (out, out / STAGING) for path in folder.glob("*.arrow"))
-    needed, free = int(BYTES_PER_ENTRY * entries + BYTES_PER_CELL * cells) - there, free_bytes(out)
-    if needed > free:
+    there = sum(path.stat().st_size for folder in (out, out / STAGING, out / STAGING / "runs") for path in folder.glob("*.[ar]*"))
+    passes = [2 if own else 1 for own in plan.ranges]
+    needed = int(sum(number * float(source.stored.sum()) for number, source in zip(passes, plan.sources, strict=True))) - there
+    if needed > (free := free_bytes(out)):
         raise StorageError(f"no room for the shards in {out}: about {needed} bytes needed, {free} free; free some or choose another folder")
 
 
-def _keep_descriptors(out: Path) -> None:
-    """Describe the shards of a finished conversion in the staging folder, where the next run looks for them."""
+def _keep_descriptors(out: Path) -> list[str]:
+    """Describe the files of a finished conversion in the staging folder, where this run looks for them. Its data sets."""
     if not (out / MANIFEST).is_file():
-        return
+        return []
     try:
         manifest = read_manifest(out)
     except DataError as error:
         log.warning("the manifest of %s is not usable and will be replaced: %s", out, error)
-        return
+        return []
     for number, entry in enumerate(manifest.shards):
         own = [row for row in manifest.sentences if row.shard == number]
-        plain = {"entry": asdict(entry), "nnz": [row.nnz for row in own], "cells": [row.cells for row in own]}
-        with atomic_file(out / STAGING / f"{entry.name}.json") as temporary:
-            temporary.write_text(json.dumps(plain), encoding="utf-8")
+        plain = {"kind": "shard", "entry": asdict(entry), "nnz": [row.nnz for row in own], "cells": [row.cells for row in own]}
+        _keep(out, entry.name, plain)
+    for dataset in manifest.datasets:
+        for name, sha256 in dataset.tables().items():
+            _keep(out, name, {"kind": "table", "name": name, "sha256": sha256})
+    return [dataset.name for dataset in manifest.datasets]
 
 
-def _manifest(config: ConvertConfig, plan: Plan, shards: Sequence[Written]) -> Manifest:
+def _keep(out: Path, name: str, plain: dict[str, Any]) -> None:
+    with atomic_file(out / STAGING / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(plain), encoding="utf-8")
+
+
+def _manifest(config: ConvertConfig, plan: Plan, shards: Sequence[Written], tables: dict[str, str]) -> Manifest:
     datasets = []
     for index, (source, alignment) in enumerate(zip(plan.sources, plan.alignments, strict=True)):
         deviation = max(shard.entry.deviation for shard in shards if shard.entry.dataset == index)
         panel = pack_panel(alignment.panel())
-        found = (source.place, source.recovered, deviation, alignment.report())
-        datasets.append(DatasetEntry(source.name, source.path.name, source.stamp[0], source.sha256, source.cells, panel, *found))
+        found = (source.place, source.recovered, deviation, alignment.report(), *source.layout)
+        files = [part for task in plan.tables[2 * index : 2 * index + 2] for part in (task.name, tables[task.name])]
+        datasets.append(DatasetEntry(source.name, source.path.name, source.stamp[0], source.sha256, source.cells, panel, *found, *files))
     return Manifest(
         vocabulary_file=f"vocabulary-{plan.vocabulary.fingerprint[:12]}.txt",
         vocabulary_sha256=hashlib.sha256(_vocabulary_text(plan)).hexdigest(),
         vocabulary_fingerprint=plan.vocabulary.fingerprint,
         n_genes=len(plan.vocabulary),
         max_cells=config.max_cells,
-        config_fingerprint=configuration.fingerprint(config.model_copy(update={"out": "", "workers": None})),  # what shapes the data
+        config_fingerprint=configuration.fingerprint(
+            config.model_copy(update={"out": "", "inputs": (), "workers": None})
+        ),  # what shapes the data
         datasets=tuple(datasets),
         shards=tuple(shard.entry for shard in shards),
         sentences=_sentence_rows(plan, shards),
@@ -359,7 +301,7 @@ def _sentence_rows(plan: Plan, shards: Sequence[Written]) -> tuple[SentenceRow, 
     rows: list[SentenceRow] = []
     first = 0
     for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
-        arrays = Path(task.arrays)
+        arrays = Path(task.source.arrays)
         edges = np.load(arrays / "edges.npy", mmap_mode="r")
         batch = np.load(arrays / "batch.npy", mmap_mode="r")
         order = np.load(arrays / "rows.npy", mmap_mode="r")
@@ -371,12 +313,13 @@ def _sentence_rows(plan: Plan, shards: Sequence[Written]) -> tuple[SentenceRow, 
 
 
 def _publish(out: Path, plan: Plan, manifest: Manifest) -> None:
-    """Move finished shards into place, write the manifest, then remove what it does not name any more."""
-    names = {task.name for task in plan.tasks}
-    for task in plan.tasks:
+    """Move finished files into place, write the manifest, then remove what it does not name any more."""
+    moved: tuple[ShardTask | TableTask, ...] = (*plan.tasks, *plan.tables)
+    for task in moved:
         fault("before_move")
         if (staged := out / STAGING / task.name).is_file():
             os.replace(staged, out / task.name)
+    fault("after_moves")
     sync_folder(out)
     with atomic_file(out / manifest.vocabulary_file) as temporary:
         temporary.write_bytes(_vocabulary_text(plan))
@@ -384,10 +327,13 @@ def _publish(out: Path, plan: Plan, manifest: Manifest) -> None:
     write_manifest(out, manifest)
     fault("before_cleanup")
     shutil.rmtree(out / STAGING)
+    fault("in_cleanup")
     for path in out.glob(".*.tmp"):  # left by a killed run
         path.unlink()
-    for path in (*out.glob("*.arrow"), *out.glob("vocabulary-*.txt")):
-        if path.name not in names | {manifest.vocabulary_file} and (path.suffix == ".txt" or SHARD_NAME.fullmatch(path.name)):
+    kept = {task.name for task in moved} | {manifest.vocabulary_file}
+    for path in (*out.glob("*.arrow"), *out.glob("*.parquet"), *out.glob("vocabulary-*.txt")):
+        ours = path.suffix == ".txt" or SHARD_NAME.fullmatch(path.name) or TABLE_NAME.fullmatch(path.name)
+        if path.name not in kept and ours:
             path.unlink()
 
 

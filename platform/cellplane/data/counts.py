@@ -193,6 +193,8 @@ def check_structure(
         problem = f"{len(indptr) - 1} row starts for {shape[0]} rows"
     elif int(indptr[0]) != 0 or (np.diff(indptr) < 0).any() or int(indptr[-1]) != n_entries:
         problem = "row starts that do not ascend from 0 to the number of entries"
+    elif int(np.diff(indptr).max(initial=0)) > shape[1]:
+        problem = f"a row with more entries than its {shape[1]} columns"
     elif len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= shape[1]):
         problem = f"column indices outside 0 to {shape[1] - 1}"
     if problem:

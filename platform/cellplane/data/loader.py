@@ -1,31 +1,44 @@
 """Sentences straight from shards: verified once, mapped into memory, decoded into buffers that are used again.
 
 Fresh memory for every batch costs more than everything else together, because the system hands out each page anew. So
-batches live in a few buffers, and a buffer is used again only when nothing refers to it any more.
+batches live in a few buffers: a buffer is used again once no batch, tensor or view refers to it any more, so in training
+three sets go round (one in use, one waiting, one being filled) and nothing that is looked at is ever overwritten.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import platform
 import queue
+import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
 
 from cellplane.cells import CellBatch
+from cellplane.config import home
+from cellplane.data.sentences import SentenceWeights, draw_weights
 from cellplane.data.shards import Block, Manifest, RawBlock, ShardReader, check_shard, read_manifest, read_vocabulary
 from cellplane.errors import DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 
 ItemT = TypeVar("ItemT")
 PREFETCHED = 2
-MAX_BUFFERS = 8  # of each type: what is being used, what is waiting, and some slack
+MAX_IDLE = 16  # buffers of each type that wait to be used again, beside those of batches that are in use
 SPARE = 1.25  # a little larger than asked for, so that the next batch fits too
+REMEMBERED_S = 86_400.0  # a node checks a shard again after a day: disks rot
+
+PER_CELL = ("panel_index", "dataset_index", "batch_index", "platform_index", "labels", "row")  # a data set's panel is its own
 
 _verified: dict[Path, tuple[tuple[int, int, int], str]] = {}  # of this process: (inode, size, mtime) and the sha256 found then
 
@@ -33,8 +46,9 @@ _verified: dict[Path, tuple[tuple[int, int, int], str]] = {}  # of this process:
 class ShardStore:
     """A SentenceStore over a folder of shards; a sentence is a row of its manifest.
 
-    Every shard is checked against its sha256 when the store is made, once per process and file. ``row`` of a batch is
-    the cell's position in the inputs laid end to end. Raises DataError, FileFormatError or IntegrityError.
+    Every shard is checked against its sha256 when the store is made, once per node and file (see `verify_once`). ``row``
+    of a batch is the cell's position in the inputs laid end to end. Batches may be read from several threads. Raises
+    DataError, FileFormatError or IntegrityError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,6 +60,7 @@ class ShardStore:
         self._first_row = np.concatenate([[0], np.cumsum([entry.cells for entry in self.manifest.datasets])])
         self._sizes = np.array([row.cells for row in self.manifest.sentences], dtype=np.int64)
         self._genes, self._values = _Buffers(np.int64), _Buffers(np.float32)
+        self._reading = threading.Lock()
 
     def _open(self, number: int) -> ShardReader:
         entry = self.manifest.shards[number]
@@ -78,61 +93,107 @@ class ShardStore:
 
     def read(self, sentences: Sequence[int]) -> CellBatch:
         """These sentences packed in the order asked for; ``sentence_seed`` is 0 throughout."""
+        with self._reading:
+            return self._read(sentences)
+
+    def _read(self, sentences: Sequence[int]) -> CellBatch:
         rows = [self.manifest.sentences[index] for index in sentences]
-        edges = np.concatenate([[0], np.cumsum([row.nnz for row in rows])]).astype(np.int64)
-        gene, value = self._genes.take(int(edges[-1])), self._values.take(int(edges[-1]))
-        blocks = [
-            self._readers[row.shard].block(row.index, into=(gene[start:end], value[start:end]))
-            for row, start, end in zip(rows, edges[:-1], edges[1:], strict=True)
-        ]
-        return CellBatch(gene=torch.from_numpy(gene), value=torch.from_numpy(value), panels=self.panels, **self.columns(blocks))
+        entries = sum(row.nnz for row in rows)
+        gene, value = torch.from_numpy(self._genes.take(entries)), torch.from_numpy(self._values.take(entries))
+        blocks, start = [], 0
+        for row in rows:
+            block, at, exact = self._readers[row.shard].raw(row.index)
+            end = start + len(block.gene)
+            gene[start:end].copy_(from_dlpack(block.gene))  # PyTorch widens an eighth faster than NumPy, on all its threads
+            value[start:end].copy_(from_dlpack(block.value))
+            if len(at):
+                value.numpy()[start + at] = exact
+            blocks.append(block)
+            start = end
+        return CellBatch(gene=gene, value=value, panels=self.panels, **self.columns(blocks))
 
     def raw(self, sentences: Sequence[int]) -> list[RawBlock]:
         """These sentences in the bytes of the mapped files."""
         rows = [self.manifest.sentences[index] for index in sentences]
-        return [self._readers[row.shard].raw(row.index) for row in rows]
+        with self._reading:
+            return [self._readers[row.shard].raw(row.index) for row in rows]
+
+    def draw_weights(self, config: SentenceWeights | None) -> NDArray[np.float64] | None:
+        """Weight of every sentence for a StepPlan, [n_sentences]; None draws each once an epoch. ConfigError for an unknown name."""
+        if config is None:
+            return None
+        names = {"dataset": [entry.name for entry in self.manifest.datasets], "batch": self.manifest.batch_names}[config.column]
+        column = np.array([getattr(row, config.column) for row in self.manifest.sentences], dtype=np.int64)
+        return draw_weights(config, column, names)
 
     def columns(self, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
         """All of a CellBatch but its genes, values and panels, from the blocks in this order."""
-        cells = np.array([block.n_cells for block in blocks], dtype=np.int64)
-        starts = np.cumsum([0, *(block.crow[-1] for block in blocks)])[:-1]
-        dataset = np.repeat(np.array([block.dataset for block in blocks], dtype=np.int64), cells)
-        columns = {
-            "crow": _joined([[0], *(block.crow[1:] + start for block, start in zip(blocks, starts, strict=True))]),
-            "panel_index": dataset,
-            "cu_seqlens": _joined([[0], np.cumsum(cells)]),
-            "sentence_seed": np.zeros(len(blocks), dtype=np.int64),
-            "batch_index": _joined([block.batch for block in blocks]),
-            "dataset_index": dataset.copy(),
-            "platform_index": _joined([block.platform for block in blocks]),
-            "coordinates": _coordinates(blocks),
-            "row": _joined([block.cell for block in blocks]) + self._first_row[dataset],
+        edges = np.cumsum([0, *(block.n_cells for block in blocks)])
+        table = np.empty((len(PER_CELL), edges[-1]), dtype=np.int64)  # one piece of memory, and few calls: this is done for every batch
+        coordinates = np.empty((edges[-1], 2), dtype=np.float32)
+        crow = np.zeros(edges[-1] + 1, dtype=np.int64)
+        for block, start, end in zip(blocks, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            np.add(block.crow[1:], crow[start], out=crow[start + 1 : end + 1])
+            table[:2, start:end] = block.dataset
+            table[2, start:end] = block.batch
+            table[3, start:end] = block.platform
+            table[4, start:end] = block.label
+            np.add(block.cell, self._first_row[block.dataset], out=table[5, start:end])
+            coordinates[start:end] = np.nan if block.coord is None else block.coord
+        columns = dict(zip(PER_CELL, torch.from_numpy(table), strict=True))
+        if not self.class_names:
+            del columns["labels"]
+        return columns | {
+            "crow": torch.from_numpy(crow),
+            "cu_seqlens": torch.from_numpy(edges),
+            "sentence_seed": torch.zeros(len(blocks), dtype=torch.int64),
+            "coordinates": torch.from_numpy(coordinates),
         }
-        if self.class_names:
-            columns["labels"] = _joined([block.label for block in blocks])
-        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def _joined(parts: Iterable[Any]) -> NDArray[np.int64]:
-    arrays = [np.zeros(0, dtype=np.int64), *(np.asarray(part, dtype=np.int64) for part in parts)]
-    return np.concatenate(arrays)
+def verify_once(path: Path, check: Callable[[], None], sha256: str) -> None:
+    """Run ``check`` unless this node did so for the same file (inode, size, time) and checksum, at most a day ago.
 
-
-def _coordinates(blocks: Sequence[Block]) -> NDArray[np.float32]:
-    missing = [np.full((block.n_cells, 2), np.nan, dtype=np.float32) if block.coord is None else block.coord for block in blocks]
-    return np.concatenate([np.zeros((0, 2), dtype=np.float32), *missing])
-
-
-def verify_once(path: Path, check: Any, sha256: str) -> None:
-    """Run ``check`` unless this process did so for the same inode, size, time and checksum before."""
+    The memory is a folder under $CELLPLANE_HOME/cache that a restart of the machine forgets; where it cannot be written
+    every process checks for itself. Of several workers that start together one checks and the others wait for it.
+    """
     if not path.is_file():
         check()
         raise DataError(f"{path} is missing; convert again")
     stat = path.stat()
     state = ((stat.st_ino, stat.st_size, stat.st_mtime_ns), sha256)
-    if _verified.get(path) != state:
+    if _verified.get(path) == state:
+        return
+    mark = _remembered() / hashlib.sha256(repr((path, stat.st_dev, state)).encode()).hexdigest()[:32]
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        file = mark.open("a+b")
+    except OSError:
         check()
-        _verified[path] = state
+    else:
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if mark.stat().st_size == 0 or time.time() - mark.stat().st_mtime > REMEMBERED_S:
+                file.truncate(0)
+                check()
+                with suppress(OSError):  # a full disk: then it is checked again next time
+                    file.write(b"verified")
+    _verified[path] = state
+
+
+def _remembered() -> Path:
+    """The folder of this start of this machine; those of earlier starts are removed."""
+    node = home() / "cache" / "verified" / (platform.node() or "node")
+    folder = node / _boot()
+    if node.is_dir() and not folder.exists():
+        shutil.rmtree(node, ignore_errors=True)
+    return folder
+
+
+def _boot() -> str:
+    """A name of this start of the machine."""
+    identifier = Path("/proc/sys/kernel/random/boot_id")
+    return identifier.read_text().strip() if identifier.is_file() else "boot"
 
 
 class _Buffers:
@@ -145,35 +206,58 @@ class _Buffers:
     def take(self, size: int) -> NDArray[Any]:
         """An array [size] with arbitrary content."""
         with self._lock:
-            for index in range(len(self._arrays)):
-                # referred to by the list and by the call alone: no tensor or view of it lives
-                if sys.getrefcount(self._arrays[index]) == 2 and len(self._arrays[index]) >= size:
-                    return self._arrays[index][:size]
-            self._arrays = sorted(self._arrays, key=len)[-(MAX_BUFFERS - 1) :]
-            self._arrays.append(np.empty(int(size * SPARE), dtype=self._dtype))
-            return self._arrays[-1][:size]
+            fitting = next((index for index in reversed(range(len(self._arrays))) if self._is_idle(index, size)), None)
+            if fitting is None:
+                self._arrays.append(np.empty(int(size * SPARE), dtype=self._dtype))
+            else:
+                self._arrays.append(self._arrays.pop(fitting))  # the last one taken is looked at first: it is still in the cache
+            taken = self._arrays[-1][:size]
+            if fitting is None or len(self._arrays) > MAX_IDLE:
+                self._forget(1 if fitting is None else 0)
+            return taken
+
+    def _forget(self, at_least: int) -> None:
+        """Drops the smallest idle arrays: those beyond MAX_IDLE, and one for a new one, as it was too small."""
+        idle = sorted((index for index in range(len(self._arrays)) if self._is_idle(index)), key=lambda index: len(self._arrays[index]))
+        surplus = idle[: max(at_least, len(idle) - MAX_IDLE)]
+        self._arrays = [array for index, array in enumerate(self._arrays) if index not in surplus]
+
+    def _is_idle(self, index: int, size: int = 0) -> bool:
+        # referred to by the list and by the call alone: no tensor or view of it lives
+        return sys.getrefcount(self._arrays[index]) <= 2 and len(self._arrays[index]) >= size
 
 
-def prefetch(items: Iterable[ItemT]) -> Iterator[ItemT]:
-    """The same items, produced by a thread up to two ahead; its exceptions appear here, and it ends when this generator does."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCHED)
+def prefetch(items: Iterable[ItemT], ahead: int = PREFETCHED) -> Generator[ItemT, None, None]:
+    """The same items in the same order, produced by a thread up to ``ahead`` before they are asked for.
+
+    What the producer raises appears here, in its place; the thread ends, and the producer is closed, when this generator is.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
 
     def produce() -> None:
+        source = iter(items)
         try:
-            for item in items:
+            for item in source:
                 ready.put(("item", item))
                 if stopped.is_set():
                     return
+                del item  # else its buffers would be in use until the next one is made
             ready.put(("end", None))
         except BaseException as error:  # carried to the consumer, who raises it
             ready.put(("error", error))
+        finally:
+            if isinstance(source, Generator):
+                source.close()
 
     thread = threading.Thread(target=produce, name="cellplane-prefetch", daemon=True)
     thread.start()
     try:
         while (got := ready.get())[0] == "item":
-            yield got[1]
+            item = got[1]
+            del got
+            yield item
+            del item
         if got[0] == "error":
             raise got[1]
     finally:

@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,35 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellplane.config import to_plain
+from cellplane.data.columns import Names, as_names
 from cellplane.data.config import ConvertConfig, DataKeys
 from cellplane.data.counts import Candidate, choose
-from cellplane.data.naming import best_naming, default_naming, gene_namings
-from cellplane.data.sentences import contexts
-from cellplane.data.shards import FORMAT_VERSION, file_sha256, parse_vocabulary, storage_errors
-from cellplane.data.sources import CellReader, as_strings, class_positions, complete, count_candidates
+from cellplane.data.files import storage_errors
+from cellplane.data.gene_mapping import GeneRules
+from cellplane.data.gene_tables import installed_tables
+from cellplane.data.inputs import find_inputs, source_sha256
+from cellplane.data.manifest import FORMAT_VERSION, parse_vocabulary
+from cellplane.data.naming import best_naming, default_naming, gene_namings, lacking_genes
+from cellplane.data.order import sentence_patches, sentence_rows, sentence_runs
+from cellplane.data.reader import CellReader, count_candidates
+from cellplane.data.shards import choose_encoding
+from cellplane.data.tasks import RangeTask, ShardTask, SourceTask, TableTask, safe_name, stamp_of
+from cellplane.data.tasks import task_json as task_json
+from cellplane.data.work import cut_spans
 from cellplane.errors import CellplaneError, ConfigError, CountsNotFoundError, DataError, VocabularyError
 from cellplane.genes import GeneAlignment, GeneVocabulary, namespace_of
 
 SAMPLE_CELLS = 256  # read at the beginning, the middle and the end to see what a place holds; all are checked when written
 BYTES_PER_ENTRY, BYTES_PER_CELL = 3, 40
+RANGE_BYTES = 32 * 1024**2  # encoded cells of a run
+READ_TWICE = 1.5  # times the rows: a source that would be read more often than this takes the way through runs
 SHARD_NAME = re.compile(r".+-\d{5}-[0-9a-f]{12}\.arrow")
+TABLE_NAME = re.compile(r"(obs|var)-.+-[0-9a-f]{12}\.parquet")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One h5ad as it was found. ``stamp`` = (size, mtime in ns) must still hold when it is read; arrays are per cell [n]."""
+    """One input as it was found. ``stamp`` (size, mtime in ns) must still hold when it is read; arrays are per cell [n]."""
 
     name: str
     path: Path
@@ -45,10 +57,13 @@ class Source:
     sha256: str
     place: str
     recovered: bool
+    encoding: str
+    layout: tuple[str, str, str]  # csr, csc or dense; type of values; type of column indices
     namings: dict[str, list[str]]
     entries: NDArray[np.float64]  # stored values of each cell, estimated where the file does not tell
-    batch: NDArray[np.object_] | None
-    labels: NDArray[np.object_] | None
+    batch: Names | None
+    labels: Names | None
+    groups: Names | None  # what sentences do not cross: sample and field of view
     coordinates: NDArray[np.float32] | None
 
     @property
@@ -56,111 +71,136 @@ class Source:
         """Number of cells."""
         return len(self.entries)
 
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to write: plain values, so that it travels to any worker. ``arrays`` is a folder of the plan's arrays."""
-
-    name: str
-    out: str
-    staging: str
-    arrays: str
-    path: str
-    stamp: tuple[int, int]
-    place: str
-    recovered: bool
-    dataset: int
-    first_sentence: int
-    end_sentence: int
-    n_genes: int
-    metadata: dict[str, str]
+    @property
+    def stored(self) -> NDArray[np.float64]:
+        """Bytes each cell takes in a shard, [n]."""
+        value = np.dtype(self.encoding).itemsize
+        return (BYTES_PER_ENTRY - 1 + value) * self.entries + BYTES_PER_CELL
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a conversion."""
+    """All of a conversion. ``tasks`` are the shards; ``ranges`` by data set are what must be there before them."""
 
     sources: tuple[Source, ...]
     vocabulary: GeneVocabulary
     alignments: tuple[GeneAlignment, ...]
     batch_names: tuple[str, ...]
     label_names: tuple[str, ...]
-    tasks: tuple[Task, ...]
+    tasks: tuple[ShardTask, ...]
+    ranges: tuple[tuple[RangeTask, ...], ...]
+    tables: tuple[TableTask, ...]
 
 
-def make_plan(config: ConvertConfig, staging: Path, progress: Callable[[str], None]) -> Plan:
-    """Look at the sources and deal their sentences to shards; arrays the workers need are put into ``staging``."""
-    names = dataset_names(config)
+def make_plan(
+    config: ConvertConfig,
+    staging: Path,
+    progress: Callable[[str], None],
+    known: Sequence[str] = (),
+    real: frozenset[str] = frozenset(),
+) -> Plan:
+    """Look at the sources and deal their sentences to shards; arrays the workers need are put into ``staging``.
+
+    Data sets of the names ``known`` come first, in that order; those of ``real`` hold values that are not whole.
+    """
     sources = []
-    for name, text in zip(names, config.inputs, strict=True):
-        progress(f"looking at {text}")
-        sources.append(inspect_source(Path(text), name, config.keys))
-    vocabulary, known = _vocabulary(config, sources)
-    alignments = tuple(_align(source, vocabulary) for source in sources)
-    batch_names: list[str] = []
-    label_names: list[str] = []
-    tasks: list[Task] = []
+    for name, path in ordered_inputs(config, known):
+        progress(f"looking at {path}")
+        sources.append(inspect_source(path, name, config, staging))
+        if name in real:
+            sources[-1] = _as_real(sources[-1])
+    vocabulary, n_known = _vocabulary(config, sources)
+    alignments = tuple(_align(source, vocabulary, config.keys) for source in sources)
+    names: tuple[list[str], list[str]] = ([], [])
+    tasks, ranges, tables = [], [], []
     for index, source in enumerate(sources):
-        batch = _extend(batch_names, source.batch, source)
-        label = _extend(label_names, source.labels, None)
-        sentences = contexts(None if source.batch is None else list(source.batch), source.cells, config.max_cells, config.seed)
-        folder = _save_arrays(staging, source, alignments[index], (sentences, batch, label))
-        genes = vocabulary.gene_ids[: known[index]]
-        facts = {"batches": batch_names, "labels": label_names, "dataset": index, **_settings(config)}
-        tasks += [
-            _task(source, span, (staging, folder), {**facts, "number": number, "genes": genes})
-            for number, span in enumerate(_spans(source, sentences, config.shard_bytes))
-        ]
-    return Plan(tuple(sources), vocabulary, alignments, tuple(batch_names), tuple(label_names), tuple(tasks))
+        dealt = _deal(config, source, names)
+        folder, digests = _save_arrays(staging, source, {**dealt, "positions": alignments[index].positions})
+        genes = vocabulary.gene_ids[: n_known[index]]
+        work = _source_task(config, source, (staging, folder), len(genes))
+        own = _range_tasks(source, work, staging, digests) if _takes_runs(source, dealt, config) else ()
+        facts = {"batches": names[0], "labels": names[1], "dataset": index, **_settings(config)}
+        facts |= {"genes": genes, "positions": digests["positions"]}  # an id table moves genes without changing their list
+        tasks += list(_shard_tasks(source, work, (staging, dealt), facts, own))
+        ranges.append(own)
+        tables += _table_tasks(source, work, staging, digests["positions"])
+    return Plan(tuple(sources), vocabulary, alignments, tuple(names[0]), tuple(names[1]), tuple(tasks), tuple(ranges), tuple(tables))
 
 
-def dataset_names(config: ConvertConfig) -> tuple[str, ...]:
-    """The names of the inputs: as given, else the files' own; ConfigError when two are the same."""
-    names = config.datasets or tuple(Path(text).stem for text in config.inputs)
+def ordered_inputs(config: ConvertConfig, known: Sequence[str] = ()) -> list[tuple[str, Path]]:
+    """(name, path) of every input, ``known`` names first; ConfigError when two have one name or names do not fit."""
+    paths = find_inputs(config.inputs)
+    names = config.datasets or tuple(path.stem for path in paths)
+    if len(names) != len(paths):
+        raise ConfigError(f"{len(names)} dataset names for {len(paths)} inputs: give one each, or none")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two data sets are called {twice[0]!r}; give every input a name of its own in `datasets`")
-    return tuple(names)
+    place = {name: number for number, name in enumerate(known)}
+    return sorted(zip(names, paths, strict=True), key=lambda item: place.get(item[0], len(place)))
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Size and modification time: when both are the same, so is the file."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def inspect_source(path: Path, name: str, keys: DataKeys) -> Source:
-    """Everything about a file but its counts. Errors name the file (see `sources.read_h5ad` and `find_counts`)."""
-    with CellReader(path) as reader:
+def inspect_source(path: Path, name: str, config: ConvertConfig, staging: Path) -> Source:
+    """Everything about a file but its counts. Errors name the file (see `guard.check_source` and `counts.choose`)."""
+    keys = config.keys
+    with CellReader(path, staging / "columns" / safe_name(name)) as reader:
         stamp = stamp_of(path)
         if reader.n_cells == 0:
             raise DataError(f"{path} has no cells; there is nothing to convert")
-        place, recovered, sample = _look(reader, keys)
-        entries = reader.entries_per_row(place)
-        batch = None if keys.batch_key is None else complete(as_strings(reader.obs(keys.batch_key)), keys.batch_key)
+        place, recovered, sample = _look(reader, config)
+        matrix, lengths = reader.matrix(place), reader.entries_per_row(place)
+        batch = None if keys.batch_key is None else _complete(as_names(reader.obs(keys.batch_key)), keys.batch_key)
+        fov = None if config.fov_key is None else _complete(as_names(reader.obs(config.fov_key)), config.fov_key)
         return Source(
             name=name,
             path=path,
             stamp=stamp,
-            sha256=file_sha256(path),
+            sha256=source_sha256(path, config.full_hash),
             place=place,
             recovered=recovered,
+            encoding=choose_encoding([sample.data]),
+            layout=(matrix.layout, str(matrix.dtype), str(matrix.index_dtype)),
             namings=gene_namings(reader.var(place)),
-            entries=np.full(reader.n_cells, sample.nnz / sample.shape[0]) if entries is None else entries.astype(np.float64),
+            entries=np.full(reader.n_cells, sample.nnz / sample.shape[0]) if lengths is None else lengths.astype(np.float64),
             batch=batch,
-            labels=None if keys.labels_key is None else as_strings(reader.obs(keys.labels_key)),
+            labels=None if keys.labels_key is None else as_names(reader.obs(keys.labels_key)),
+            groups=_crossed(batch, fov),
             coordinates=None if keys.spatial_key is None else reader.coordinates(keys.spatial_key),
         )
 
 
-def _look(reader: CellReader, keys: DataKeys) -> tuple[str, bool, sp.csr_matrix]:
+def _complete(names: Names, key: str) -> Names:
+    if missing := int((names.codes < 0).sum()):
+        raise DataError(
+            f"{missing} of {len(names.codes)} cells have no value in obs[{key!r}]; every cell needs its sample: fill or drop them"
+        )
+    return names
+
+
+def _crossed(batch: Names | None, fov: Names | None) -> Names | None:
+    if batch is None or fov is None:
+        return batch or fov
+    pairs, codes = np.unique(batch.codes.astype(np.int64) * len(fov.names) + fov.codes, return_inverse=True)
+    names = tuple(f"{batch.names[pair // len(fov.names)]}\x1f{fov.names[pair % len(fov.names)]}" for pair in pairs.tolist())
+    return Names(names, codes.astype(np.int32))
+
+
+def _as_real(source: Source) -> Source:
+    return replace(source, encoding="float32" if source.layout[1] in ("float16", "float32") else "float64")
+
+
+def _look(reader: CellReader, config: ConvertConfig) -> tuple[str, bool, sp.csr_matrix]:
     """Where the counts are, judged by a sample of rows, and that sample."""
-    cells, totals = reader.n_cells, reader.totals()
+    cells, totals, keys = reader.n_cells, reader.totals(), config.keys
     starts = sorted({max(0, min(start, cells - SAMPLE_CELLS)) for start in (0, cells // 2, cells - SAMPLE_CELLS)})
     parts = [(start, min(start + SAMPLE_CELLS, cells)) for start in starts]
 
     def load(place: str) -> sp.csr_matrix | None:
         return sp.vstack([reader.rows(place, *part) for part in parts], format="csr") if place in reader.places else None
 
+    if config.values == "any":
+        place = count_candidates(DataKeys(layer=keys.layer or "X"), reader.places)[0]
+        found = load(place)
+        return place, False, found
     candidates: list[Candidate] = [
         (place, lambda place=place: load(place))  # type: ignore[misc]
         for place in count_candidates(keys, reader.places)
@@ -183,17 +223,18 @@ def _vocabulary(config: ConvertConfig, sources: Sequence[Source]) -> tuple[GeneV
     genes: dict[str, None] = {}
     known, schemes = [], {}
     for source in sources:
-        ids = _named(source, lambda source=source: default_naming(source.namings))  # type: ignore[misc]
+        ids = _named(source, lambda source=source: default_naming(source.namings, config.keys.repeated_genes))  # type: ignore[misc]
         schemes[source.name] = namespace_of(ids)
-        genes |= dict.fromkeys(ids)
+        genes |= dict.fromkeys(lacking_genes(ids, tuple(genes)))
         known.append(len(genes))
-    if len({scheme == "symbol" for scheme in schemes.values()}) > 1:
-        raise VocabularyError(f"the inputs name their genes differently ({schemes}); give a vocabulary file, or ids of one kind in var")
+    if len({scheme == "symbol" for scheme in schemes.values()}) > 1 and not installed_tables():
+        raise VocabularyError(f"the inputs name their genes differently ({schemes}); install an id table, or give a vocabulary")
     return GeneVocabulary.from_ids(genes), known
 
 
-def _align(source: Source, vocabulary: GeneVocabulary) -> GeneAlignment:
-    alignment: GeneAlignment = _named(source, lambda: best_naming(source.namings, vocabulary)[1])
+def _align(source: Source, vocabulary: GeneVocabulary, keys: DataKeys) -> GeneAlignment:
+    rules = GeneRules(keys.repeated_genes, keys.ignore_gene_case)
+    alignment: GeneAlignment = _named(source, lambda: best_naming(source.namings, vocabulary, rules)[1])
     return alignment
 
 
@@ -204,44 +245,87 @@ def _named(source: Source, work: Callable[[], Any]) -> Any:
         raise type(error)(f"{source.path}: {error}") from None
 
 
-def _extend(names: list[str], values: NDArray[np.object_] | None, source: Source | None) -> NDArray[np.int32] | None:
-    """Add the values' names to the list and return each cell's position in it; samples are named dataset/sample."""
-    if values is None:
-        if source is None:
-            return None
-        names.append(source.name)
-        return np.full(source.cells, len(names) - 1, dtype=np.int32)
-    prefix = "" if source is None else f"{source.name}/"
-    own = [prefix + value for value in sorted({value for value in values if value is not None})]
-    there = set(names)
-    names += [name for name in own if name not in there]
-    return class_positions(np.array([None if value is None else prefix + value for value in values], dtype=object), names).astype(np.int32)
-
-
-def _save_arrays(staging: Path, source: Source, alignment: GeneAlignment, dealt: tuple[Any, Any, Any]) -> Path:
-    """Put the per-cell arrays where every worker can map them: only descriptors travel through Ray."""
-    sentences, batch, label = dealt
-    folder = staging / "plan" / _safe(source.name)
-    arrays = {
-        "rows": np.concatenate(sentences),
-        "edges": np.concatenate([[0], np.cumsum([len(rows) for rows in sentences])]),
-        "positions": alignment.positions,
-        "batch": batch,
-        "label": np.full(source.cells, -1, dtype=np.int32) if label is None else label,
+def _deal(config: ConvertConfig, source: Source, names: tuple[list[str], list[str]]) -> dict[str, NDArray[Any]]:
+    """The arrays of a source: its rows in the order of the sentences, the edges between those, names by position."""
+    codes = None if source.groups is None else source.groups.codes
+    group_names = () if source.groups is None else source.groups.names
+    if config.order == "file":
+        rows, edges = sentence_runs(codes, source.cells, config.max_cells)
+    elif source.coordinates is not None:
+        rows, edges = sentence_patches(codes, source.coordinates, config.max_cells)
+    else:
+        rows, edges = sentence_rows(codes, group_names, source.cells, config.max_cells, config.seed)
+    place = np.empty(source.cells, dtype=np.int64)
+    place[rows] = np.arange(source.cells)
+    samples = source.batch or Names((source.name,), np.zeros(source.cells, dtype=np.int32))
+    prefix = "" if source.batch is None else f"{source.name}/"
+    labels = source.labels or Names((), np.full(source.cells, -1, dtype=np.int32))
+    return {
+        "rows": rows,
+        "edges": edges,
+        "place": place,
+        "stored": source.stored[rows].astype(np.float32),
+        "batch": _extend(names[0], samples, prefix),
+        "label": _extend(names[1], labels, ""),
         **({} if source.coordinates is None else {"coordinates": source.coordinates}),
     }
+
+
+def _extend(names: list[str], own: Names, prefix: str) -> NDArray[np.int32]:
+    """Add the names to the list and return each cell's position in it."""
+    there = {name: position for position, name in enumerate(names)}
+    for name in own.names:
+        if prefix + name not in there:
+            there[prefix + name] = len(names)
+            names.append(prefix + name)
+    return np.array([*(there[prefix + name] for name in own.names), -1], dtype=np.int32)[own.codes]
+
+
+def _save_arrays(staging: Path, source: Source, arrays: dict[str, NDArray[Any]]) -> tuple[Path, dict[str, str]]:
+    """Put the per-cell arrays where every worker can map them: only descriptors travel through Ray. Their folder and sha256."""
+    folder = staging / "plan" / safe_name(source.name)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.npy"):
+            old.unlink()
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    return folder
+    return folder, {name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}
 
 
-def _spans(source: Source, sentences: Sequence[NDArray[np.int64]], shard_bytes: int) -> list[tuple[int, int]]:
+def _source_task(config: ConvertConfig, source: Source, folders: tuple[Path, Path], n_genes: int) -> SourceTask:
+    return SourceTask(
+        path=str(source.path.absolute()),
+        stamp=source.stamp,
+        place=source.place,
+        recovered=source.recovered,
+        arrays=str(folders[1]),
+        scratch=str(folders[0] / "columns" / safe_name(source.name)),
+        n_genes=n_genes,
+        encoding=source.encoding,
+        counts=config.values == "counts",
+    )
+
+
+def _takes_runs(source: Source, dealt: dict[str, NDArray[Any]], config: ConvertConfig) -> bool:
+    """Whether reading the spans of all shards straight from the source would read its rows too often."""
+    if source.recovered:  # the deviation of a shard is that of the rows read for it
+        return False
+    read = 0
+    for first, end in _spans(source, dealt, config.shard_bytes):
+        edges = dealt["edges"][first : end + 1]
+        for span in cut_spans(np.diff(edges), edges, dealt):
+            rows = dealt["rows"][edges[span[0]] : edges[span[-1] + 1]]
+            read += int(rows.max() - rows.min()) + 1
+    small = float(source.stored.sum()) <= RANGE_BYTES
+    return read > READ_TWICE * source.cells and not small
+
+
+def _spans(source: Source, dealt: dict[str, NDArray[Any]], shard_bytes: int) -> list[tuple[int, int]]:
     """(first sentence, end) of every shard: filled until it would exceed the bytes aimed for."""
-    sizes = [BYTES_PER_ENTRY * float(source.entries[rows].sum()) + BYTES_PER_CELL * len(rows) for rows in sentences]
+    sizes = np.diff(np.concatenate([[0.0], np.cumsum(source.stored[dealt["rows"]])])[dealt["edges"]])
     edges, filled = [0], 0.0
-    for index, size in enumerate(sizes):
+    for index, size in enumerate(sizes.tolist()):
         if filled and filled + size > shard_bytes:
             edges.append(index)
             filled = 0.0
@@ -250,54 +334,56 @@ def _spans(source: Source, sentences: Sequence[NDArray[np.int64]], shard_bytes: 
     return list(itertools.pairwise(edges))
 
 
-def _settings(config: ConvertConfig) -> dict[str, Any]:
-    plain = to_plain(config)
-    return {key: plain[key] for key in ("keys", "max_cells", "seed", "shard_bytes")}
-
-
-def _task(source: Source, span: tuple[int, int], folders: tuple[Path, Path], facts: dict[str, Any]) -> Task:
-    """The task of one shard, its name made from everything that decides its bytes."""
-    staging, arrays = folders
-    genes: tuple[str, ...] = facts.pop("genes")
-    metadata = {
-        "vocabulary_genes": str(len(genes)),
-        "vocabulary_sha256": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
-        "source": source.name,
-        "source_size": str(source.stamp[0]),
-        "source_sha256": source.sha256,
-        "count_source": source.place,
-    }
-    everything = {**facts, **metadata, "span": span, "recovered": source.recovered, "format": FORMAT_VERSION}
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
-    return Task(
-        name=f"{_safe(source.name)}-{facts['number']:05d}-{key}.arrow",
-        out=str(staging.parent),
-        staging=str(staging),
-        arrays=str(arrays),
-        path=str(source.path.absolute()),
-        stamp=source.stamp,
-        place=source.place,
-        recovered=source.recovered,
-        dataset=facts["dataset"],
-        first_sentence=span[0],
-        end_sentence=span[1],
-        n_genes=len(genes),
-        metadata=metadata,
+def _range_tasks(source: Source, work: SourceTask, staging: Path, digests: dict[str, str]) -> tuple[RangeTask, ...]:
+    """The source's rows in ranges of some tens of MB, one row at least."""
+    facts = [source.sha256, work.place, work.encoding, work.n_genes, work.counts, digests["place"], digests["positions"]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    filled = np.cumsum(source.stored)
+    cuts = np.concatenate([[0], np.flatnonzero(np.diff(filled // RANGE_BYTES) > 0) + 1, [source.cells]])
+    return tuple(
+        RangeTask(f"runs/{safe_name(source.name)}-{start:012d}-{key}.run", str(staging), work, start, stop)
+        for start, stop in itertools.pairwise(cuts.tolist())
     )
 
 
-def _safe(name: str) -> str:
-    """A data set's name as part of a file name; names that differ stay different."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80].lstrip(".") or "data"
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+def _settings(config: ConvertConfig) -> dict[str, Any]:
+    plain = to_plain(config)
+    return {key: plain[key] for key in ("keys", "max_cells", "seed", "shard_bytes", "values", "order", "fov_key")}
 
 
-def task_json(task: Task) -> str:
-    """A task as text, for the way to a worker."""
-    return json.dumps(asdict(task))
+def _shard_tasks(
+    source: Source, work: SourceTask, folders: tuple[Path, dict[str, NDArray[Any]]], facts: dict[str, Any], ranges: tuple[RangeTask, ...]
+) -> Iterator[ShardTask]:
+    """The tasks of the shards, each name made from everything that decides the file's bytes."""
+    staging, dealt = folders
+    genes: tuple[str, ...] = facts.pop("genes")
+    runs = re.sub(r"-\d{12}-", "-*-", ranges[0].name) if ranges else ""
+    for number, span in enumerate(_spans(source, dealt, facts["shard_bytes"])):
+        edges = dealt["edges"][span[0] : span[1] + 1]
+        rows = dealt["rows"][edges[0] : edges[-1]]
+        metadata = {
+            "vocabulary_genes": str(len(genes)),
+            "vocabulary_sha256": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
+            "source": source.name,
+            "source_size": str(source.stamp[0]),
+            "source_sha256": source.sha256,
+            "count_source": source.place,
+            "cells": str(len(rows)),
+        }
+        cells = hashlib.sha256()
+        for array in (rows, edges, *(dealt[name][rows] for name in ("batch", "label", "coordinates") if name in dealt)):
+            cells.update(np.ascontiguousarray(array).data)
+        everything = {**facts, **metadata, "number": number, "span": span, "array": cells.hexdigest(), "format": FORMAT_VERSION}
+        everything |= {"recovered": source.recovered, "encoding": source.encoding}
+        key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:12]
+        name = f"{safe_name(source.name)}-{number:05d}-{key}.arrow"
+        yield ShardTask(name, str(staging.parent), str(staging), work, facts["dataset"], span[0], span[1], runs, len(ranges), metadata)
 
 
-def parse_task(text: str) -> Task:
-    """The task of `task_json`."""
-    plain = json.loads(text)
-    return Task(**{**plain, "stamp": tuple(plain["stamp"])})
+def _table_tasks(source: Source, work: SourceTask, staging: Path, positions: str) -> list[TableTask]:
+    keys = {"obs": [source.sha256], "var": [source.sha256, source.place, positions]}
+    digests = {part: hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12] for part, key in keys.items()}
+    return [
+        TableTask(f"{part}-{safe_name(source.name)}-{digest}.parquet", str(staging.parent), str(staging), work, part)  # type: ignore[arg-type]
+        for part, digest in digests.items()
+    ]

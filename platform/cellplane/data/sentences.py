@@ -1,17 +1,18 @@
 """How cells become sentences, and sentences become the micro-batches of a step.
 
 A sentence is a set of cells of one sample that attend to one another. The micro-batch is the atom of training: which
-sentences a step holds, in which order and with which seeds, is a function of (sentence sizes, seed, step) alone. The
+sentences a step holds, in which order and with which seeds, is a function of (manifest, seed, epoch, step) alone. The
 number of workers only deals micro-batches out, so one worker and many see the same global batches, and a resumed run
-continues exactly (SHARDS.md).
+continues exactly: the whole state of a loader is the seed and the number of the step (SHARDS.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from cellplane.cells import CellBatch, keyed_seed
 from cellplane.config import Config
-from cellplane.errors import DataError
+from cellplane.errors import ConfigError, DataError
 
 
 class SentenceStore(Protocol):
@@ -31,7 +32,7 @@ class SentenceStore(Protocol):
         """Cells of every sentence, [n_sentences]."""
 
     def read(self, sentences: Sequence[int]) -> CellBatch:
-        """These sentences packed in the order asked for; `sentence_seed` is 0 throughout."""
+        """These sentences packed in the order asked for; `sentence_seed` is 0 throughout, for the caller to fill."""
 
 
 def contexts(keys: Sequence[str] | None, n_cells: int, max_cells: int, seed: int = 0) -> list[NDArray[np.int64]]:
@@ -132,6 +133,15 @@ def memory_store(table: CellTable, max_cells: int) -> MemoryStore:
     return MemoryStore(table, contexts(keys, table.n_cells, max_cells))
 
 
+class SentenceWeights(Config):
+    """Which sentences are drawn more often than others, by a column of the manifest."""
+
+    column: Literal["dataset", "batch"]
+    """What tells sentences apart: the data set or the sample they come from."""
+    values: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    """Weight of the sentences of each name; a name that is not here weighs 1, and 0 leaves its sentences out."""
+
+
 class PlanConfig(Config):
     """How sentences are packed into steps."""
 
@@ -141,6 +151,20 @@ class PlanConfig(Config):
     """Sentences are packed until a micro-batch would exceed this many cells; a longer sentence stands alone."""
     micro_batches_per_step: int = Field(2, ge=1)
     """Micro-batches of one optimizer step, dealt round robin to the workers."""
+    weights: SentenceWeights | None = None
+    """Draws sentences by weight, e.g. {column: dataset, values: {rare: 4}}; None: every sentence once an epoch."""
+
+
+def draw_weights(config: SentenceWeights, column: NDArray[np.int64], names: Sequence[str]) -> NDArray[np.float64]:
+    """Weight of every sentence, [n_sentences], from each one's position in ``names`` (-1 = none); ConfigError for an unknown name."""
+    for name in config.values:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names[:5])}"
+            raise ConfigError(f"plan.weights: no {config.column} called {name!r}; {hint}")
+    by_name = np.array([*(config.values.get(name, 1.0) for name in names), 1.0])  # the last one for -1
+    weights: NDArray[np.float64] = by_name[column]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -153,21 +177,30 @@ class MicroBatch:
 
     def read(self, store: SentenceStore) -> CellBatch:
         """The packed cells, sentence seeds set."""
-        return replace(store.read(self.sentences), sentence_seed=torch.tensor(self.seeds, dtype=torch.int64))
+        batch = store.read(self.sentences)
+        batch.sentence_seed.copy_(torch.tensor(self.seeds, dtype=torch.int64))
+        return batch
 
 
 class StepPlan:
     """The micro-batches of every step: every sentence once per epoch, in an order keyed by (seed, epoch).
 
-    A pure function of (sizes, config, step): it has no state but caches, so any worker can ask for any step.
+    With ``weights`` [n_sentences] an epoch has as many draws as there are sentences of weight above 0, and each is drawn
+    its share of them: rounded up or down in one epoch, exactly in the mean; equal weights draw every sentence once. A
+    pure function of (sizes, weights, config, step): it has no state but caches, so any worker can ask for any step.
+    Raises DataError without sentences or with weights that draw none, ConfigError when configured weights are not given.
     """
 
-    def __init__(self, sizes: NDArray[np.int64], config: PlanConfig) -> None:
+    def __init__(self, sizes: NDArray[np.int64], config: PlanConfig, weights: NDArray[np.float64] | None = None) -> None:
         if len(sizes) == 0:
             raise DataError("there are no sentences to train on; convert some cells first")
-        self.sizes, self.config = sizes, config
+        if weights is None and config.weights is not None:
+            raise ConfigError("plan.weights needs the columns of a manifest, and this data has none; leave it out, or train from shards")
+        if weights is not None and (len(weights) != len(sizes) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any()):
+            raise DataError(f"{len(sizes)} sentences need as many weights, none negative and one above 0; found {weights!r}")
+        self.sizes, self.config, self.weights = sizes, config, weights
         self._first_step = [0]  # first global step of every epoch seen so far
-        self._cached: tuple[int, list[list[tuple[int, ...]]]] = (-1, [])
+        self._cached: tuple[int, list[list[_Drawn]]] = (-1, [])
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, first step of that epoch) of a global step, both counted from 0."""
@@ -182,37 +215,64 @@ class StepPlan:
         epoch, first = self.epoch_of(step)
         return [
             MicroBatch(
-                sentences=sentences,
-                seeds=tuple(keyed_seed(self.config.seed, "sentence", epoch, sentence) for sentence in sentences),
+                sentences=tuple(sentence for sentence, _ in drawn),
+                seeds=tuple(self._sentence_seed(epoch, *one) for one in drawn),
                 key=keyed_seed(self.config.seed, "micro_batch", step, index),
             )
-            for index, sentences in enumerate(self._epoch(epoch)[step - first])
+            for index, drawn in enumerate(self._epoch(epoch)[step - first])
         ]
+
+    def _sentence_seed(self, epoch: int, sentence: int, time: int) -> int:
+        again = (time,) if time else ()  # drawn again in the same epoch, it is masked differently
+        return keyed_seed(self.config.seed, "sentence", epoch, sentence, *again)
 
     def steps_of_epoch(self, epoch: int) -> int:
         """Number of steps in this epoch."""
         return len(self._epoch(epoch))
 
-    def _epoch(self, epoch: int) -> list[list[tuple[int, ...]]]:
+    def _epoch(self, epoch: int) -> list[list[_Drawn]]:
         if self._cached[0] != epoch:
             self._cached = (epoch, self._pack(epoch))
         return self._cached[1]
 
-    def _pack(self, epoch: int) -> list[list[tuple[int, ...]]]:
-        order = np.random.default_rng(keyed_seed(self.config.seed, "epoch", epoch)).permutation(len(self.sizes))
-        packed: list[tuple[int, ...]] = []
-        current: list[int] = []
+    def _pack(self, epoch: int) -> list[list[_Drawn]]:
+        packed: list[_Drawn] = []
+        current: list[tuple[int, int]] = []
         cells = 0
-        for sentence in order.tolist():
+        for sentence, time in self._order(epoch):
             size = int(self.sizes[sentence])
             if current and cells + size > self.config.cells_per_micro_batch:
                 packed.append(tuple(current))
                 current, cells = [], 0
-            current.append(sentence)
+            current.append((sentence, time))
             cells += size
         packed.append(tuple(current))
         width = self.config.micro_batches_per_step
         return [packed[start : start + width] for start in range(0, len(packed), width)]
+
+    def _order(self, epoch: int) -> Iterator[tuple[int, int]]:
+        """(sentence, how often it was drawn in this epoch before) of every draw."""
+        rng = np.random.default_rng(keyed_seed(self.config.seed, "epoch", epoch))
+        if self.weights is None:
+            yield from ((sentence, 0) for sentence in rng.permutation(len(self.sizes)).tolist())
+            return
+        before: dict[int, int] = {}
+        for sentence in rng.permutation(_draws(self.weights, rng)).tolist():
+            time = before.get(sentence, 0)
+            before[sentence] = time + 1
+            yield sentence, time
+
+
+_Drawn = tuple[tuple[int, int], ...]  # of a micro-batch: (sentence, how often it was drawn in the epoch before)
+
+
+def _draws(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The sentences of one epoch, by systematic sampling: laid end to end, each as long as its share, and cut at every whole number."""
+    order = rng.permutation(np.flatnonzero(weights))
+    ends = np.cumsum(weights[order] / weights.max())
+    ends = np.round(ends * (len(order) / ends[-1]), 9)  # so that equal shares end at whole numbers
+    offset = float(rng.integers(1 << 20)) / (1 << 20)
+    return np.repeat(order, np.diff(np.floor(ends + offset).astype(np.int64), prepend=0))
 
 
 def deal(micro_batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[MicroBatch | None]:

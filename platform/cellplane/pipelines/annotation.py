@@ -21,7 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
+from cellplane.artifact.genes import with_genes
 from cellplane.config import fingerprint
+from cellplane.data.config import DataKeys
+from cellplane.data.gene_mapping import genes_without_place
+from cellplane.data.gene_tables import installed_tables
 from cellplane.data.sentences import MemoryStore, PlanConfig, StepPlan, memory_store
 from cellplane.data.sources import AnnData, cell_table, column, find_counts
 from cellplane.errors import ConfigError, DataError
@@ -88,7 +92,8 @@ class CellTypeAnnotationPipeline:
         if keys.labels_key is None:
             raise ConfigError("no label column is named: pass label_fields=[...] or set keys.labels_key")
         classes = label_classes(column(data, keys.labels_key), keys.labels_key)
-        vocabulary = self.base.vocabulary if self.base is not None else GeneVocabulary.from_ids(find_counts(data, keys).gene_ids)
+        start = self._start(data, keys)
+        vocabulary = start.vocabulary if start is not None else GeneVocabulary.from_ids(dict.fromkeys(find_counts(data, keys).gene_ids))
         table, report = cell_table(data, vocabulary, keys, classes)
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
@@ -102,7 +107,7 @@ class CellTypeAnnotationPipeline:
                 f"a validation_share of {self.config.validation_share} holds out none of {len(known)} labelled cells, but some must choose "
                 "the best step; raise it, or label more cells of each type"
             )
-        network = self._network(len(vocabulary), len(classes))
+        network = self._network(start, len(vocabulary), len(classes))
         stores = tuple(memory_store(table.rows(known[rows]), self.config.max_cells) for rows in (kept, held_out))
         weights = self._train(network, stores, progress)
         self.folder_ = ModelFolder(
@@ -167,13 +172,21 @@ class CellTypeAnnotationPipeline:
         read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells)
         return predictor.annotate(read.store), read.report
 
-    def _network(self, n_genes: int, n_classes: int) -> CellPLM:
-        config = self.config.model if self.base is None else self.base.config
+    def _start(self, data: AnnData, keys: DataKeys) -> ModelFolder | None:
+        """The base model, with rows for the data's new genes when these are to be learned."""
+        if self.base is None or self.config.new_genes == "leave_out":
+            return self.base
+        new = genes_without_place(find_counts(data, keys).gene_ids, self.base.vocabulary, installed_tables())
+        log.info("%d genes that the base model does not know begin as the mean of its genes", len(new))
+        return with_genes(self.base, new)
+
+    def _network(self, start: ModelFolder | None, n_genes: int, n_classes: int) -> CellPLM:
+        config = self.config.model if start is None else start.config
         config = replace(config, latent="ae", decoder="none", n_genes=n_genes, n_classes=n_classes, n_batches=0, n_datasets=0)
         config = replace(config, head_dropout=self.config.head_dropout)
         network = new_model(config, self.config.seed)
-        if self.base is not None:
-            taken = {name: tensor for name, tensor in build_network(self.base).state_dict().items() if name.startswith(TRANSFERRED)}
+        if start is not None:
+            taken = {name: tensor for name, tensor in build_network(start).state_dict().items() if name.startswith(TRANSFERRED)}
             missing, unexpected = network.load_state_dict(taken, strict=False)
             if unexpected or any(name.startswith(TRANSFERRED) for name in missing):
                 raise DataError(f"the base model does not fit: missing {missing}, unexpected {unexpected}")

@@ -22,6 +22,8 @@ class AnnotationConfig(Config):
     """Where counts, labels, batches and coordinates lie."""
     model: ModelConfig = ModelConfig(width=128, n_heads=4, n_blocks=2, latent_width=64, dropout=0.2)
     """The network when no base model is given; a base model brings its own encoder."""
+    new_genes: Literal["leave_out", "add"] = "leave_out"
+    """Genes of the data that the base model does not know: left out, or added, beginning as the mean of those it knows."""
     masking: MaskingConfig = MaskingConfig(drop_cell_rate=0.3, cell_mask_rate=0.75)
     """Cells left out and genes hidden in every step, against overfitting."""
     optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=5e-3, weight_decay=1e-7, warmup_steps=30, embedder_lr_scale=0.1)

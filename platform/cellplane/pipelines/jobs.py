@@ -24,6 +24,7 @@ from cellplane.artifact.card import model_card
 from cellplane.artifact.folder import ModelFolder, load_model, save_model, verify_model
 from cellplane.config import Config, fingerprint, home, to_plain, to_yaml
 from cellplane.data.config import DataKeys
+from cellplane.data.naming import merged_columns
 from cellplane.data.shards import Manifest, file_sha256, read_manifest
 from cellplane.data.sources import AnnData, CellReader, column, find_counts, read_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
@@ -147,7 +148,7 @@ def evaluate_annotation(pipeline: CellTypeAnnotationPipeline, train: AnnData, te
     known = _labelled(train, key)
     truth, keep = column(test, key), _labelled(test, key)
     found = {MODEL_ROW: pipeline.predict(test)[keep]}
-    train_counts, test_counts = _same_genes(find_counts(train, keys), find_counts(test, keys))
+    train_counts, test_counts = _same_genes(_by_gene(train, keys), _by_gene(test, keys))
     for name, baseline in BASELINES.items():
         found[name] = baseline(train_counts[known], column(train, key)[known], test_counts[keep], seed)
     rows = {name: annotation_scores(truth[keep], predicted) for name, predicted in found.items()}
@@ -175,15 +176,21 @@ def _labelled(data: AnnData, key: str) -> np.ndarray[Any, Any]:
     return np.array([label is not None and label not in UNLABELLED for label in column(data, key)])
 
 
-def _same_genes(train: Any, test: Any) -> tuple[Any, Any]:
-    if train.gene_ids == test.gene_ids:
-        return train.matrix, test.matrix
-    place = {gene: index for index, gene in enumerate(test.gene_ids)}
-    shared = [gene for gene in train.gene_ids if gene in place]
+def _by_gene(data: AnnData, keys: DataKeys) -> tuple[Any, list[str]]:
+    """Counts with one column for each gene, and the genes."""
+    source = find_counts(data, keys)
+    return merged_columns(source.matrix, source.gene_ids)
+
+
+def _same_genes(train: tuple[Any, list[str]], test: tuple[Any, list[str]]) -> tuple[Any, Any]:
+    if train[1] == test[1]:
+        return train[0], test[0]
+    place = {gene: index for index, gene in enumerate(test[1])}
+    shared = [gene for gene in train[1] if gene in place]
     if not shared:
         raise DataError("training and test cells share no gene; use the same naming scheme for both files")
-    own = {gene: index for index, gene in enumerate(train.gene_ids)}
-    return train.matrix[:, [own[gene] for gene in shared]], test.matrix[:, [place[gene] for gene in shared]]
+    own = {gene: index for index, gene in enumerate(train[1])}
+    return train[0][:, [own[gene] for gene in shared]], test[0][:, [place[gene] for gene in shared]]
 
 
 def _check_labelled(path: Path, keys: DataKeys) -> None:

@@ -104,6 +104,8 @@ def full_model_config(config: PretrainConfig) -> ModelConfig:
 def run_identity(config: PretrainConfig) -> str:
     """Fingerprint of data and of every setting that changes the numbers: a checkpoint fits when it is equal."""
     plain = to_plain(config)
+    if config.plan.weights is None:
+        del plain["plan"]["weights"]  # came later: a run of an earlier version keeps its identity
     parts = {name: identifying(plain[name]) for name in DETERMINING} | {"data": read_manifest(Path(config.shards)).fingerprint}
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -247,9 +249,8 @@ def run_worker(config: PretrainConfig, world_size: int, rank: int, report: Calla
         folder.path.mkdir(parents=True, exist_ok=True)
         journal.cut(done)
     keeping = Keeping(checkpoints, config.checkpoint, identity, journal)
-    last = train(
-        engine, MaskedObjective(store, config.masking), StepPlan(store.sizes, config.plan), range(done, config.optimizer.steps), keeping
-    )
+    plan = StepPlan(store.sizes, config.plan, store.draw_weights(config.plan.weights))
+    last = train(engine, MaskedObjective(store, config.masking), plan, range(done, config.optimizer.steps), keeping)
     report({"step": float(last)})
 
 

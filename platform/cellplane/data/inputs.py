@@ -1,0 +1,107 @@
+"""Which files a person meant: folders, globs and URLs as a list of h5ad files and zarr folders, and what identifies each.
+
+A URL is fetched into the cache of CELLPLANE_HOME through fsspec, once for each version of it: reading HDF5 over a network
+would fetch most of the file in small pieces.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+
+from cellplane.config import home
+from cellplane.data.files import HASH_CHUNK_BYTES, storage_errors
+from cellplane.data.guard import is_zarr
+from cellplane.errors import DataError
+
+WHOLE_BYTES = 256 * 1024**2  # a smaller source is hashed byte by byte
+END_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 1024**2, 256, 64 * 1024  # of a larger one: both ends, where HDF5 keeps its tables, and samples
+GLOB_CHARACTERS = "*?["
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """The files and zarr folders meant by paths, folders, globs and URLs, each once, sorted within what names several.
+
+    Raises DataError for one that means nothing.
+    """
+    found: dict[Path, None] = {}
+    for text in inputs:
+        found |= dict.fromkeys(_meant(text))
+    return list(found)
+
+
+def _meant(text: str) -> list[Path]:
+    if "://" in text:
+        return _fetch(text)
+    path = Path(text)
+    if path.is_dir() and not is_zarr(path):
+        files = sorted(child for child in path.iterdir() if child.suffix == ".h5ad" or (child.is_dir() and is_zarr(child)))
+        if not files:
+            raise DataError(f"{path} is a folder without .h5ad files or zarr folders; name the files, or another folder")
+        return files
+    if not path.exists() and any(character in text for character in GLOB_CHARACTERS):
+        matches = sorted(glob.glob(text, recursive=True))
+        if not matches:
+            raise DataError(f"nothing matches {text!r}; quote globs, or name the files")
+        return [Path(match) for match in matches]
+    return [path]
+
+
+def _fetch(url: str) -> list[Path]:
+    """Local copies of what a URL (or a glob of one) names."""
+    try:
+        system, place = fsspec.core.url_to_fs(url)
+        places = sorted(system.glob(place)) if any(character in place for character in GLOB_CHARACTERS) else [place]
+        if not places or not all(system.exists(one) for one in places):
+            raise DataError(f"{url}: no such file; check the address")
+        return [_copy(system, str(one)) for one in places]
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url} cannot be read: {error}; install the package of that protocol, or copy the file here") from error
+
+
+def _copy(system: fsspec.AbstractFileSystem, place: str) -> Path:
+    known = {
+        key: str(value) for key, value in system.info(place).items() if key.lower() in ("size", "etag", "mtime", "created", "last_modified")
+    }
+    version = hashlib.sha256(json.dumps([system.protocol, place, known], sort_keys=True).encode()).hexdigest()[:16]
+    target = home() / "cache" / "inputs" / version / place.rstrip("/").rsplit("/", 1)[-1]
+    if not target.exists():
+        fetched = target.parent.with_name(f".{version}.tmp")
+        with storage_errors(target):
+            shutil.rmtree(fetched, ignore_errors=True)
+            fetched.mkdir(parents=True)
+            system.get(place, str(fetched / target.name), recursive=system.isdir(place))
+            shutil.rmtree(target.parent, ignore_errors=True)
+            fetched.rename(target.parent)
+    return target
+
+
+def source_sha256(path: Path, full: bool) -> str:
+    """What identifies a source: sha256 over its files' names, sizes and bytes, sampled above 256 MiB unless ``full``."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    whole = full or sum(file.stat().st_size for file in files) <= WHOLE_BYTES
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{'' if file == path else file.relative_to(path)}\n{size}\n".encode())
+        for chunk in _chunks(file, size, whole):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path, size: int, whole: bool) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if whole or size <= 2 * END_BYTES + SAMPLES * SAMPLE_BYTES:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                yield chunk
+            return
+        spread = (END_BYTES + (size - 2 * END_BYTES) * number // SAMPLES for number in range(SAMPLES))
+        for at, length in ((0, END_BYTES), *((at, SAMPLE_BYTES) for at in spread), (size - END_BYTES, END_BYTES)):
+            file.seek(at)
+            yield file.read(length)
