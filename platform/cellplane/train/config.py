@@ -49,6 +49,30 @@ class EngineConfig(Config):
     """DeepSpeed with ZeRO, or plain PyTorch: the same numbers to rounding."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shards over the workers: nothing, optimizer state, + gradients, + parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What DeepSpeed keeps in the host's memory instead of the device's: AdamW's state (ZeRO 1-3), or also parameters (ZeRO 3)."""
+    bf16: bool = False
+    """DeepSpeed holds the working weights and gradients in bfloat16, float32 masters beside them; half the memory and traffic."""
+
+
+class GuardConfig(Config):
+    """What happens to a step whose numbers cannot be trusted."""
+
+    max_skips: int = Field(10, ge=0)
+    """Steps in a row whose loss or gradients are not finite (or spike) that are skipped before the run is given up; 0 = none."""
+    spike_factor: float = Field(0.0, ge=0)
+    """A gradient norm above this multiple of the running median is a spike and its step is skipped; 0 = never."""
+
+
+class ValidationConfig(Config):
+    """Sentences that training never sees, and how often their loss is looked at."""
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of the sentences held out, chosen by the plan's seed; 0 = none."""
+    every_steps: int = Field(100, ge=1)
+    """Steps between looks; the last step is always looked at."""
+    max_cells: int = Field(20_000, ge=1)
+    """At most about so many held-out cells are looked at each time, always the same ones."""
 
 
 class WorkersConfig(Config):
@@ -56,6 +80,10 @@ class WorkersConfig(Config):
 
     count: int = Field(2, ge=1)
     """Workers; the result does not depend on it."""
+    min: int | None = Field(None, ge=1)
+    """Elastic: as few workers as the run may shrink to when a node is lost; None = always `count`."""
+    max: int | None = Field(None, ge=1)
+    """Elastic: as many workers as it may grow to when nodes appear; None = `count`."""
     cpus: int = Field(1, ge=1)
     """CPUs, and torch threads, of each worker."""
     use_gpu: bool = False
@@ -73,6 +101,14 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; the last step is always kept."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that stay."""
+    keep_best: bool = True
+    """Where there is a validation, the checkpoint with the lowest validation loss stays too."""
+    asynchronous: bool = True
+    """A thread writes while the next steps are computed; the state is copied first, so the file is that of its step."""
+    format: Literal["consolidated", "sharded"] = "consolidated"
+    """One verified file set for any engine and world size, or DeepSpeed's own shards (above ~3 B parameters)."""
+    folder: str | None = None
+    """Another place for checkpoints, local or an fsspec URL such as s3://bucket/run; None = the run's own folder."""
 
 
 class PretrainConfig(Config):
@@ -100,6 +136,10 @@ class PretrainConfig(Config):
     """Processes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """State kept on the way."""
+    validation: ValidationConfig = ValidationConfig()
+    """Held-out sentences."""
+    guard: GuardConfig = GuardConfig()
+    """What is done about steps that are not finite."""
     tracking_uri: str | None = None
     """MLflow server or database; None: $MLFLOW_TRACKING_URI, else a database under $CELLPLANE_HOME."""
     register_as: str | None = None
