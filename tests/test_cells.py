@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from cellplane.cells import CellBatch, keyed_seed, single_panel_batch
+from cellplane.cells import CellBatch, single_panel_batch
 from tests.tiny import dense, random_batch
 
 
@@ -110,15 +108,3 @@ def test_moving_to_a_device_keeps_every_part():
     batch = labelled(random_batch([4, 3]))
     assert_same(batch.to("cpu"), batch)
     assert batch.to("meta").labels.device.type == "meta"
-
-
-def test_a_keyed_seed_is_63_bits_and_depends_on_every_part_and_their_order():
-    seeds = {keyed_seed(*parts) for parts in [(0, "a"), (1, "a"), (0, "b"), ("a", 0), (0, "a", 0), ("0a",)]}
-    assert len(seeds) == 6
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_a_keyed_seed_is_the_same_in_another_process():
-    code = "from cellplane.cells import keyed_seed; print(keyed_seed(3, 'epoch', 7))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == keyed_seed(3, "epoch", 7)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ MAX_IDLE = 16  # buffers of each type that wait to be used again, beside those o
 SPARE = 1.25  # a little larger than asked for, so that the next batch fits too
 REMEMBERED_S = 86_400.0  # a node checks a shard again after a day: disks rot
 
-PER_CELL = ("panel_index", "dataset_index", "batch_index", "platform_index", "labels", "row")  # a data set's panel is its own
+PER_CELL = ("dataset_index", "batch_index", "platform_index", "labels", "row")
 
 _verified: dict[Path, tuple[tuple[int, int, int], str]] = {}  # of this process: (inode, size, mtime) and the sha256 found then
 
@@ -57,7 +58,7 @@ class ShardStore:
         self.vocabulary: GeneVocabulary = read_vocabulary(self.folder, self.manifest)
         self._readers = [self._open(number) for number in range(len(self.manifest.shards))]
         self.panels = torch.from_numpy(self.manifest.panels())
-        self._first_row = np.concatenate([[0], np.cumsum([entry.cells for entry in self.manifest.datasets])])
+        self._start_of = [0, *accumulate(entry.cells for entry in self.manifest.datasets)]  # row of a data set's first cell
         self._sizes = np.array([row.cells for row in self.manifest.sentences], dtype=np.int64)
         self._genes, self._values = _Buffers(np.int64), _Buffers(np.float32)
         self._reading = threading.Lock()
@@ -128,27 +129,30 @@ class ShardStore:
 
     def columns(self, blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
         """All of a CellBatch but its genes, values and panels, from the blocks in this order."""
-        edges = np.cumsum([0, *(block.n_cells for block in blocks)])
+        edges = [0, *accumulate(block.n_cells for block in blocks)]
         table = np.empty((len(PER_CELL), edges[-1]), dtype=np.int64)  # one piece of memory, and few calls: this is done for every batch
         coordinates = np.empty((edges[-1], 2), dtype=np.float32)
-        crow = np.zeros(edges[-1] + 1, dtype=np.int64)
-        for block, start, end in zip(blocks, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            np.add(block.crow[1:], crow[start], out=crow[start + 1 : end + 1])
-            table[:2, start:end] = block.dataset
-            table[2, start:end] = block.batch
-            table[3, start:end] = block.platform
-            table[4, start:end] = block.label
-            np.add(block.cell, self._first_row[block.dataset], out=table[5, start:end])
+        for block, start, end in zip(blocks, edges, edges[1:], strict=False):
+            part = table[:, start:end]
+            part[0], part[1], part[2], part[3] = block.dataset, block.batch, block.platform, block.label
+            np.add(block.cell, self._start_of[block.dataset], out=part[4])
             coordinates[start:end] = np.nan if block.coord is None else block.coord
         columns = dict(zip(PER_CELL, torch.from_numpy(table), strict=True))
         if not self.class_names:
             del columns["labels"]
         return columns | {
-            "crow": torch.from_numpy(crow),
-            "cu_seqlens": torch.from_numpy(edges),
-            "sentence_seed": torch.zeros(len(blocks), dtype=torch.int64),
+            "panel_index": columns["dataset_index"],  # a data set's panel is its own
+            "crow": torch.from_numpy(blocks[0].crow if len(blocks) == 1 else _joined([block.crow for block in blocks])),
+            "cu_seqlens": torch.from_numpy(np.array(edges, dtype=np.int64)),
+            "sentence_seed": torch.from_numpy(np.zeros(len(blocks), dtype=np.int64)),
             "coordinates": torch.from_numpy(coordinates),
         }
+
+
+def _joined(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The row starts of several CSR matrices laid below one another."""
+    starts = [0, *accumulate(int(own[-1]) for own in rows)]
+    return np.concatenate([[0], *(own[1:] + start for own, start in zip(rows, starts, strict=False))]).astype(np.int64, copy=False)
 
 
 def verify_once(path: Path, check: Callable[[], None], sha256: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cellplane.cells import keyed_seed
+from cellplane.seeds import keyed_seed
 
 HILBERT_BITS = 16  # a grid of 65,536 x 65,536: a tenth of a micrometre on a slide of 6 mm
 

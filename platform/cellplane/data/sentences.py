@@ -8,6 +8,7 @@ continues exactly: the whole state of a loader is the seed and the number of the
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from cellplane.cells import CellBatch, keyed_seed
+from cellplane.cells import CellBatch
 from cellplane.config import Config
 from cellplane.errors import ConfigError, DataError
+from cellplane.seeds import keyed_seed
 
 
 class SentenceStore(Protocol):
@@ -61,7 +63,8 @@ class CellTable:
     """n cells in memory, columns already vocabulary positions.
 
     ``crow`` [n+1], ``gene`` [nnz], ``value`` [nnz] are CSR; ``panel`` [G] bool says which genes were measured;
-    ``batch`` [n] str, ``coordinates`` [n, 2] micrometres and ``labels`` [n] (-1 = unlabelled) may be None.
+    ``batch`` [n] str, ``coordinates`` [n, 2] micrometres and ``labels`` [n] (-1 = unlabelled) may be None, as may
+    ``empty`` [n] bool: the cell had no counts at all, in whatever genes.
     """
 
     crow: NDArray[np.int64]
@@ -71,18 +74,25 @@ class CellTable:
     batch: NDArray[np.object_] | None = None
     coordinates: NDArray[np.float32] | None = None
     labels: NDArray[np.int64] | None = None
+    empty: NDArray[np.bool_] | None = None
 
     @property
     def n_cells(self) -> int:
         """Number of cells."""
         return len(self.crow) - 1
 
+    def totals(self) -> NDArray[np.float64]:
+        """Counts of each cell in the vocabulary's genes, [n]."""
+        cell = np.repeat(np.arange(self.n_cells), np.diff(self.crow))
+        return np.bincount(cell, weights=self.value, minlength=self.n_cells).astype(np.float64, copy=False)
+
     def rows(self, rows: NDArray[np.int64]) -> CellTable:
         """These cells only, in this order."""
         lengths = np.diff(self.crow)[rows]
         crow = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         entry = np.arange(crow[-1]) - np.repeat(crow[:-1] - self.crow[:-1][rows], lengths)
-        optional = {name: column[rows] for name in ("batch", "coordinates", "labels") if (column := getattr(self, name)) is not None}
+        names = ("batch", "coordinates", "labels", "empty")
+        optional = {name: column[rows] for name in names if (column := getattr(self, name)) is not None}
         return replace(self, crow=crow, gene=self.gene[entry], value=self.value[entry], **optional)
 
 
@@ -178,7 +188,7 @@ class MicroBatch:
     def read(self, store: SentenceStore) -> CellBatch:
         """The packed cells, sentence seeds set."""
         batch = store.read(self.sentences)
-        batch.sentence_seed.copy_(torch.tensor(self.seeds, dtype=torch.int64))
+        batch.sentence_seed.numpy()[:] = self.seeds  # a tensor of them would cost more than all else here
         return batch
 
 
@@ -207,7 +217,7 @@ class StepPlan:
         while self._first_step[-1] <= step:
             epoch = len(self._first_step) - 1
             self._first_step.append(self._first_step[-1] + len(self._epoch(epoch)))
-        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        epoch = bisect.bisect_right(self._first_step, step) - 1
         return epoch, self._first_step[epoch]
 
     def at(self, step: int) -> list[MicroBatch]:

@@ -17,13 +17,13 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cellplane.cells import keyed_seed
 from cellplane.data.config import SimulateConfig
 from cellplane.data.gene_tables import installed_tables
 from cellplane.data.sources import AnnData
 from cellplane.data.truth import Tissue, Truth, draw_truth, grow_tissue, n_donors
 from cellplane.data.writing import write_in_parts
 from cellplane.errors import ConfigError
+from cellplane.seeds import keyed_seed
 
 DRAWN_TOGETHER = 2**20  # rates drawn at once: some tens of MB
 CHUNK_CELLS = 4000

@@ -14,9 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from cellplane.cells import keyed_seed
 from cellplane.config import to_yaml
 from cellplane.data.config import KnockoutConfig, NicheConfig, SimulateConfig
+from cellplane.seeds import keyed_seed
 
 # T types, B batches, D donors, G genes, K knocked-out genes
 COUNTS_PER_GENE = 1.5  # a mid-depth panel: about half the entries are zero after dropout

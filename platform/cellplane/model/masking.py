@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cellplane.cells import CellBatch, keyed_seed
+from cellplane.cells import CellBatch
 from cellplane.model.config import MaskingConfig
+from cellplane.seeds import keyed_seed
 
 CELLS_AT_ONCE = 64  # random numbers are drawn for so many cells at a time: 2.5 MB at 19,374 genes
 

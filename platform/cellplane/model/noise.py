@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellplane.cells import keyed_seed
+from cellplane.seeds import keyed_seed
 
 LEVELS = 256  # dropout is decided by one random byte a value, so its rate is a multiple of 1 / 256
 
