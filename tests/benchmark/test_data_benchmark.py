@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellplane.benchmark import data, data_ours, data_peers
+from cellplane.benchmark import data, data_convert, data_ours, data_peers
 from cellplane.benchmark.data import LIBRARIES, DataBenchmark, Files
 from cellplane.benchmark.environments import installed
 from cellplane.benchmark.sides import LoadMeter, Side
@@ -27,8 +27,8 @@ SMALL = DataBenchmark(cells=2300, nonzeros=12, genes=60, rounds=1, libraries=())
 def made(tmp_path_factory) -> Path:
     """A folder with the simulated cells as h5ad and as shards."""
     folder = tmp_path_factory.mktemp("made")
-    data_ours.make(str(folder / "plain.h5ad"), SMALL.cells, SMALL.genes, SMALL.nonzeros, gzip=False)
-    data_ours.convert(str(folder / "plain.h5ad"), str(folder / "shards"), "full")
+    data_convert.make(str(folder / "plain.h5ad"), SMALL.cells, SMALL.genes, SMALL.nonzeros, gzip=False)
+    data_convert.convert(str(folder / "plain.h5ad"), str(folder / "shards"), "full")
     return folder
 
 
@@ -40,9 +40,9 @@ def test_simulated_cells_have_the_counts_and_samples_that_are_asked_for(made):
     assert not np.array_equal(cells.X[0].indices, cells.X[2000].indices)
 
 
-@pytest.mark.parametrize("mode", data_ours.MODES)
+@pytest.mark.parametrize("mode", data_convert.MODES)
 def test_a_conversion_holds_every_cell_whatever_the_mode(made, tmp_path, mode):
-    answer = data_ours.convert(str(made / "plain.h5ad"), str(tmp_path / "out"), mode)
+    answer = data_convert.convert(str(made / "plain.h5ad"), str(tmp_path / "out"), mode)
     assert {"wall_s", "cpu_s", "peak_bytes"} <= answer.keys()
     manifest = ShardStore(tmp_path / "out").manifest
     assert (manifest.cells, manifest.nnz) == (SMALL.cells, SMALL.cells * SMALL.nonzeros)
@@ -137,7 +137,7 @@ def test_other_libraries_read_every_cell_too(library, made):
     name, side = library
     plan = DataBenchmark(cells=SMALL.cells, nonzeros=SMALL.nonzeros)
     with Side("ours", data.OURS) as ours:
-        source = Files(plan, made, ours).of(name, side)
+        source = Files(plan, made, ours, ours).of(name, side)
     plan.complete(side.ask("read", {"library": name, "source": source, "block": 500}), name)
 
 

@@ -134,7 +134,8 @@ class ShardStore:
         coordinates = np.empty((edges[-1], 2), dtype=np.float32)
         for block, start, end in zip(blocks, edges, edges[1:], strict=False):
             part = table[:, start:end]
-            part[0], part[1], part[2], part[3] = block.dataset, block.batch, block.platform, block.label
+            part[0], part[1], part[3] = block.dataset, block.batch, block.label
+            part[2] = -1 if block.platform is None else block.platform
             np.add(block.cell, self._start_of[block.dataset], out=part[4])
             coordinates[start:end] = np.nan if block.coord is None else block.coord
         columns = dict(zip(PER_CELL, torch.from_numpy(table), strict=True))
