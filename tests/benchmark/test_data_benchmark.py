@@ -123,6 +123,22 @@ def test_a_library_that_cannot_be_installed_is_a_figure_without_value(quiet, mon
     assert figure.note == "annbatch: no matching distribution found"
 
 
+@pytest.mark.cluster
+def test_a_large_conversion_is_watched_while_it_runs():
+    plan = DataBenchmark(cells=2300, nonzeros=12, genes=60, only=("large",))
+    figures = {figure.name: figure for figure in plan.run()}
+    assert figures["large conversion"].note.startswith("4600 cells in")
+    assert 0 < figures["large conversion, CPU"].value < 1e6
+    assert figures["memory of a worker at most"].gate == "<= 0.5"
+    assert 0.01 < figures["memory of the driver at most"].value < 4
+
+
+def test_what_takes_much_disk_is_measured_on_request_only(quiet, monkeypatch):
+    monkeypatch.setattr(data, "PARTS", {"large": lambda *_: iter([data.Figure("large", 1.0, "")])})
+    assert list(DataBenchmark(cells=30, nonzeros=12, genes=60).run()) == []
+    assert len(list(DataBenchmark(cells=30, nonzeros=12, genes=60, only=("large",)).run())) == 1
+
+
 @pytest.fixture(params=LIBRARIES)
 def library(request) -> Iterator[tuple[str, Side]]:
     """Each other library as a side, where its environment was made already."""

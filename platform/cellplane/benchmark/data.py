@@ -6,6 +6,7 @@ takes are missing elsewhere. Everything lies in a temporary folder and is gone a
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from cellplane.benchmark.sides import Rounds, Side, alternate
 from cellplane.errors import BenchmarkError
 
 OURS, PEERS = "cellplane.benchmark.data_ours", "cellplane.benchmark.data_peers"
-CONVERTER = "cellplane.benchmark.data_convert"
+CONVERTER, WATCHED = "cellplane.benchmark.data_convert", "cellplane.benchmark.data_ray"
+NODES, CORES = 16, 32  # of the cluster a projection is for
 LIBRARIES = {"annbatch": "annbatch", "scDataset": "loaders", "SCDL": "loaders"}  # and the environment of each
 BLOCK = 2000  # cells, as many as a sentence of a simulated sample has
 GIB = 1 << 30
@@ -54,7 +56,7 @@ class DataBenchmark:
             ours, converter = (stack.enter_context(Side("ours", module, None, self.threads)) for module in (OURS, CONVERTER))
             files = Files(self, Path(folder), ours, converter)
             for name, part in PARTS.items():
-                if not self.only or name in self.only:
+                if name in self.only or (not self.only and name not in ON_REQUEST):
                     yield from part(self, files)
 
     def complete(self, answer: dict[str, Any], side: str) -> dict[str, Any]:
@@ -184,4 +186,34 @@ def _beside(plan: DataBenchmark, files: Files, library: str, compared: Compared)
     yield at_least(name, rounds.ratio("ours", library, "cpu_s"), limit).because(note, {**quiet["details"], **speeds, **peaks})
 
 
-PARTS: dict[str, Callable[[DataBenchmark, Files], Iterator[Figure]]] = {"read": reading, "convert": conversion}
+def large(plan: DataBenchmark, files: Files) -> Iterator[Figure]:
+    """A conversion on Ray as large as the disk allows (`--cells 5000000`): does it get slower, or larger? And what 16 nodes would take.
+
+    The file is there under two names, to halve the disk it needs.
+    """
+    source = Path(files.h5ad())
+    other = source.with_name("other.h5ad")
+    os.link(source, other)
+    with Side("ours", WATCHED, None, 1) as ours:
+        found = ours.ask("convert_watched", dict(sources=[str(source), str(other)], out=str(files.folder / "large")))
+    shares = [(0.0, 0.0), *map(tuple, found["shares"])]
+    thirds = [next(second for second, share in shares if share >= part) for part in (1 / 3, 2 / 3, 1.0)]
+    per_cpu = found["cells"] / found["cpu_s"]
+    note = f"{found['cells']} cells in {found['wall_s']:.0f} s; thirds end after {', '.join(f'{second:.0f}' for second in thirds)} s"
+    yield Figure("large conversion", found["cells"] / found["wall_s"], "cells/s", note=note)
+    yield Figure("large conversion, CPU", per_cpu, "cells/CPU-s", note=f"{found['cpu_s']:.0f} CPU-s of driver and workers")
+    slower = (thirds[2] - thirds[1]) / max(thirds[1] - thirds[0], 1e-9)
+    yield Figure("last third beside the middle one", slower, "x the time")
+    peaks = [size / GIB for _, size in found["peaks"]]
+    half = len(peaks) // 2
+    halves = f"{max(peaks[:half], default=0.0):.2f}, then {max(peaks[half:], default=0.0):.2f} in the second half"
+    yield at_most("memory of a worker at most", max(peaks, default=0.0), 0.5, "GiB").because(halves)
+    yield Figure("memory of the driver at most", found["driver_bytes"] / GIB, "GiB")
+    pace = per_cpu * NODES * CORES
+    traffic = [pace * plan.nonzeros * size / 1e9 for size in (8, 3)]  # bytes an entry of an h5ad and of a shard take
+    note = f"if cores convert as here, and storage gives {traffic[0]:.0f} GB/s and takes {traffic[1]:.0f}"
+    yield Figure(f"100 M cells on {NODES} nodes of {CORES} cores", 100e6 / pace, "s", note=note)
+
+
+PARTS: dict[str, Callable[[DataBenchmark, Files], Iterator[Figure]]] = {"read": reading, "convert": conversion, "large": large}
+ON_REQUEST = ("large",)  # needs ten times the memory's size on disk

@@ -15,6 +15,8 @@ from cellplane.benchmark.worker import measured, serve
 from cellplane.data.config import ConvertConfig, DataKeys
 
 CELLS_AT_ONCE = 2000  # a sample has 5 times as many
+DISTINCT = 25  # times as many cells are drawn; a larger file repeats them, since drawing takes longer than converting
+LARGE = 400_000  # cells, from which on they repeat
 MODES: dict[str, dict[str, Any]] = {
     "bare": {"values": "any", "order": "file"},  # as the cells stand, nothing looked for
     "full": {},  # checks, hashes, mapping, shuffle
@@ -33,10 +35,14 @@ def _parts(cells: int, genes: int, nonzeros: int) -> Iterator[Any]:
 
     samples = [f"sample{number}" for number in range(-(-cells // (5 * CELLS_AT_ONCE)))]
     var = pd.DataFrame(index=[f"GENE{gene:05d}" for gene in range(genes)])
+    drawn: dict[int, sp.csr_matrix] = {}
     for start in range(0, cells, CELLS_AT_ONCE):
         size = min(CELLS_AT_ONCE, cells - start)
-        crow, gene, value = random_cells(size, nonzeros, genes, seed=start)
-        matrix = sp.csr_matrix((value, gene.astype(np.int32), crow.astype(np.int32)), shape=(size, genes))
+        seed = start % (DISTINCT * CELLS_AT_ONCE) if cells > LARGE else start
+        if seed not in drawn or drawn[seed].shape[0] != size:
+            crow, gene, value = random_cells(size, nonzeros, genes, seed=seed)
+            drawn = {**drawn, seed: sp.csr_matrix((value, gene.astype(np.int32), crow.astype(np.int32)), shape=(size, genes))}
+        matrix = drawn[seed] if cells > LARGE else drawn.pop(seed)
         sample = pd.Categorical([samples[start // (5 * CELLS_AT_ONCE)]] * size, categories=samples)
         yield AnnData(X=matrix, obs=pd.DataFrame({"batch": sample}, index=[f"cell{row}" for row in range(start, start + size)]), var=var)
 

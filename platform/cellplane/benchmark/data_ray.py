@@ -1,15 +1,25 @@
-"""A measurement inside a worker of Ray Train: the process, environment and thread count that training has."""
+"""Measurements on a Ray of their own: inside a worker of Ray Train, and a conversion watched from outside."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import logging
+import os
+import re
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+
+from cellplane.benchmark.worker import resident_bytes, serve
+from cellplane.data.config import ConvertConfig, DataKeys
+from cellplane.data.convert import convert
 
 
 def in_train_worker(module: str, function: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -17,24 +27,114 @@ def in_train_worker(module: str, function: str, arguments: dict[str, Any]) -> di
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    with _own_ray() as temporary:
+        answer = Path(temporary) / "answer.json"
+        TorchTrainer(
+            _worker,
+            train_loop_config={"module": module, "function": function, "arguments": arguments, "answer": str(answer)},
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(name="read", storage_path=str(Path(temporary) / "runs")),
+        ).fit()
+        found: dict[str, Any] = json.loads(answer.read_bytes())
+    return found
+
+
+@contextmanager
+def _own_ray() -> Iterator[str]:
+    """A Ray of two CPUs that ends with the block, and its temporary folder."""
     with tempfile.TemporaryDirectory(prefix="cp-", ignore_cleanup_errors=True) as temporary:
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, _temp_dir=temporary, log_to_driver=False, logging_level=logging.ERROR
         )
         try:
-            answer = Path(temporary) / "answer.json"
-            TorchTrainer(
-                _worker,
-                train_loop_config={"module": module, "function": function, "arguments": arguments, "answer": str(answer)},
-                scaling_config=ScalingConfig(num_workers=1),
-                run_config=RunConfig(name="read", storage_path=str(Path(temporary) / "runs")),
-            ).fit()
-            found: dict[str, Any] = json.loads(answer.read_bytes())
+            yield temporary
         finally:
             ray.shutdown()
-    return found
 
 
 def _worker(settings: dict[str, Any]) -> None:
     function = getattr(importlib.import_module(settings["module"]), settings["function"])
     Path(settings["answer"]).write_text(json.dumps(function(**settings["arguments"])))
+
+
+def convert_watched(sources: list[str], out: str) -> dict[str, Any]:
+    """A conversion with Ray's workers: ``shares`` [(seconds, part done)] and what its processes took.
+
+    ``peaks`` [(seconds, bytes)] is the largest anonymous memory of a worker at that moment, ``cpu_s`` that of all workers
+    and of this process.
+    """
+    config = ConvertConfig(inputs=tuple(sources), out=out, keys=DataKeys(batch_key="batch"))
+    shares: list[tuple[float, float]] = []
+    with _own_ray():
+        began, cpu = time.perf_counter(), time.process_time()
+
+        def heard(text: str) -> None:
+            if told := re.search(r"(\d+) % done", text):
+                shares.append((time.perf_counter() - began, int(told[1]) / 100))
+
+        with _Workers(began) as workers:
+            report = convert(config, heard)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return {
+        "cells": report.cells,
+        "wall_s": seconds,
+        "cpu_s": cpu + workers.cpu_s,
+        "shares": shares,
+        "peaks": workers.peaks,
+        "driver_bytes": resident_bytes("VmHWM"),
+    }
+
+
+class _Workers:
+    """Looks every second at the workers that Ray started below this process."""
+
+    def __init__(self, began: float) -> None:
+        self.peaks: list[tuple[float, int]] = []
+        self._began, self._seconds, self._done = began, dict[int, float](), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def cpu_s(self) -> float:
+        """What they computed."""
+        return sum(self._seconds.values())
+
+    def _watch(self) -> None:
+        tick = os.sysconf("SC_CLK_TCK")
+        while not self._done.wait(1.0):
+            sizes = [0]
+            for folder in _below(os.getpid()):
+                with suppress(OSError, LookupError, ValueError, IndexError):  # it may end while we look
+                    if not (folder / "cmdline").read_text().startswith("ray::"):
+                        continue
+                    fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+                    self._seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / tick
+                    status = (folder / "status").read_text().splitlines()
+                    sizes.append(next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")))
+            self.peaks.append((time.perf_counter() - self._began, max(sizes)))
+
+    def __enter__(self) -> _Workers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def _below(pid: int) -> list[Path]:
+    """The /proc folders of all processes that descend from this one."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError, ValueError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        above = todo.pop()
+        children = [child for child, parent in parents.items() if parent == above]
+        found += [Path("/proc") / str(child) for child in children]
+        todo += children
+    return found
+
+
+if __name__ == "__main__":
+    serve({"convert_watched": convert_watched})
