@@ -120,8 +120,12 @@ def test_one_cell_and_a_cell_without_counts_are_answered(predictor):
     one = memory_store(table_of(1), 8)
     empty = CellTable(np.array([0, 0]), np.zeros(0, np.int64), np.zeros(0, np.float32), np.ones(N_GENES, dtype=bool))
     for store in (one, memory_store(empty, 8)):
+        answer = predictor.annotate(store)
         assert np.isfinite(predictor.embed(store)).all()
-        assert predictor.annotate(store).labels[0] in CLASSES
+        assert np.isfinite(answer.proba).all()
+        assert (answer.labels[0], answer.confidence[0]) == (
+            ("unknown", 0.0) if len(store.table.value) == 0 else (CLASSES[answer.proba[0].argmax()], answer.proba.max())
+        )
 
 
 def test_cells_over_another_vocabulary_are_refused(predictor):

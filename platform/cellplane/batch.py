@@ -19,7 +19,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
 from cellplane.data.sources import read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
-from cellplane.inference import TASKS, Predictor, query_keys, read_cells, record, write_annotation
+from cellplane.inference import TASKS, Predictor, query_keys, read_cells, record, write_annotation, write_flags
 from cellplane.tracking.registry import resolve_model
 
 ANSWERS = {"annotate": "cellplm_cell_type_proba", "embed": "X_cellplm"}  # what an answer to each task holds in obsm
@@ -131,6 +131,7 @@ def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path
     """Reads ``paths[0]``, writes it with the answer added to ``paths[1]``; the number of cells."""
     adata, predictor = read_h5ad(paths[0]), Predictor.load(model)
     read = read_cells(adata, predictor.vocabulary, query_keys(adata, keys), predictor.max_cells)
+    write_flags(adata, read.store.table)
     if task == "annotate":
         write_annotation(adata, predictor.annotate(read.store))
     else:

@@ -7,7 +7,7 @@ answer depends on the sentence it is seen in; sentences are built deterministica
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,39 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder, describe, load_model
 from cellplane.cells import CellBatch
 from cellplane.data.config import DataKeys
-from cellplane.data.sentences import MemoryStore, PlanConfig, SentenceStore, memory_store
-from cellplane.data.sources import AnnData, cell_table
-from cellplane.errors import DataError, IntegrityError
+from cellplane.data.gene_mapping import GeneRules
+from cellplane.data.naming import best_naming
+from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
+from cellplane.data.sources import AnnData, cell_table, find_counts
+from cellplane.errors import ConfigError, DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
 from cellplane.model.config import Precision
+from cellplane.model.linear import in_precision
 
 log = logging.getLogger(__name__)
 
 CELLS_PER_FORWARD = PlanConfig().cells_per_micro_batch
-TASKS = {"pretrain": ("embed",), "annotate": ("annotate", "embed")}  # what each kind of model can be asked
+CELLS_PER_DECODE = 256  # of whom all genes are decoded at a time: 20 MB at 19,374 genes
+RATES_PER = 10_000  # what denoised rates of a cell add up to over the genes it measured and the model knows
+UNKNOWN = "unknown"  # the label of a cell that shows the model no counts
+NO_COUNTS, NO_KNOWN_COUNTS = "no counts", "no counts in genes the model knows"
+TASKS = {  # what each kind of model can be asked
+    "pretrain": ("embed",),
+    "annotate": ("annotate", "embed"),
+    "denoise": ("denoise", "embed"),
+    "impute": ("impute",),
+    "perturb": ("perturb",),
+}
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Cell types in the caller's order: ``labels`` [n] str, ``confidence`` [n] in [0, 1], ``proba`` [n, n_classes]."""
+    """Cell types in the caller's order: ``labels`` [n] str, ``confidence`` [n] in [0, 1], ``proba`` [n, n_classes].
+
+    A cell without counts in genes the model knows is UNKNOWN, with confidence 0; its probabilities say what the model
+    thinks of the context alone.
+    """
 
     labels: NDArray[np.object_]
     confidence: NDArray[np.float32]
@@ -93,13 +110,15 @@ class Predictor:
         if "annotate" not in self.tasks:
             raise DataError(f"this model ({self.folder.task}) can {', '.join(self.tasks)}; fine-tune it for annotation first")
         proba = np.zeros((int(store.sizes.sum()), len(classes)), dtype=np.float32)
+        seen = np.zeros(len(proba), dtype=bool)
         for batch, output in self._forward(store):
             if output.logits is None:
                 raise IntegrityError("the model says it annotates but has no annotation head")
             proba[batch.row.numpy()] = output.logits.float().softmax(-1).cpu().numpy()
+            seen[batch.row.numpy()] = (batch.totals() > 0).numpy()
         best = proba.argmax(1) if len(proba) else np.zeros(0, dtype=np.int64)
-        labels = np.array([classes[index] for index in best], dtype=object)
-        return Annotation(labels, proba.max(1, initial=0.0), proba, classes)
+        labels = np.array([classes[index] if counted else UNKNOWN for index, counted in zip(best, seen, strict=True)], dtype=object)
+        return Annotation(labels, np.where(seen, proba.max(1, initial=0.0), np.float32(0)), proba, classes)
 
     def embed(self, store: SentenceStore) -> NDArray[np.float32]:
         """Latent z of every cell, [n, Z] float32, in the order of the store's rows."""
@@ -108,6 +127,42 @@ class Predictor:
             latent[batch.row.numpy()] = output.latent.float().cpu().numpy()
         return latent
 
+    def rates(self, store: SentenceStore, batches: Sequence[int] | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Every cell's expected share of its counts by gene, some cells at a time: (rows [c], shares [c, G]).
+
+        Shares are 0 for genes a cell's data set did not measure, and add up to 1 over the others. Each cell is decoded in
+        its own batch (unknown: the mean of the table's rows), or in all of ``batches``, whose shares are averaged.
+        DataError when the model decodes no counts.
+        """
+        if self.folder.config.decoder != "negative_binomial":
+            raise DataError(
+                f"this {self.folder.task} model decodes no counts (decoder {self.folder.config.decoder}): fine-tune it to denoise"
+            )
+        for batch, output in self._forward(store):
+            for start in range(0, batch.n_cells, CELLS_PER_DECODE):
+                cells = torch.arange(start, min(start + CELLS_PER_DECODE, batch.n_cells))
+                part = batch.take(cells)
+                yield part.row.numpy(), self._shares(output.latent[cells.to(self.device)], part.to(self.device), batches)
+
+    @torch.inference_mode()
+    def _shares(self, z_CZ: torch.Tensor, part: CellBatch, batches: Sequence[int] | None) -> NDArray[np.float32]:
+        decoder, measured = self.model.decoder, part.panels[part.panel_index]
+        assert decoder is not None
+        told = [part] if batches is None else [replace(part, batch_index=torch.full_like(part.batch_index, index)) for index in batches]
+        total = torch.zeros(measured.shape, device=self.device)
+        for one in told:
+            with in_precision(self.precision, self.device):
+                mean = decoder(z_CZ, one, None)[0].float() * measured
+            total += mean / mean.sum(1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+        shares: NDArray[np.float32] = (total / len(told)).cpu().numpy()
+        return shares
+
+    def decode(self, batch: CellBatch, told: CellBatch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder says of prepared cells (see `decoded`), on the CPU: [C, G] and the dispersion [G]."""
+        moved = None if told is None else told.to(self.device)
+        mean_CG, theta_G = decoded(self.model, batch.to(self.device), moved)
+        return mean_CG.float().cpu(), theta_G.float().cpu()
+
     def _forward(self, store: SentenceStore) -> Iterator[tuple[CellBatch, CellPLMOutput]]:
         for sentences in packs(store.sizes, CELLS_PER_FORWARD):
             batch = store.read(sentences)
@@ -115,6 +170,20 @@ class Predictor:
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():
                 yield batch, self.model(batch.to(self.device))
+
+
+@torch.inference_mode()
+def decoded(network: CellPLM, batch: CellBatch, told: CellBatch | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decoder's first table [C, G] (unscaled means, or the log shift of a perturbation) and the dispersion [G].
+
+    The cells are read as they stand in ``batch`` and decoded as if of the batches and platforms of ``told``: the same
+    cells, measured elsewhere. ConfigError for a network without a decoder.
+    """
+    if network.decoder is None:
+        raise ConfigError(f"a {network.config.decoder} decoder recovers no counts; take a model that was trained with one")
+    latent = network(batch).latent
+    found: tuple[torch.Tensor, torch.Tensor] = network.decoder(latent, batch if told is None else told, None)
+    return found
 
 
 def packs(sizes: NDArray[np.int64], budget: int) -> Iterator[list[int]]:
@@ -173,9 +242,50 @@ def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
 
 def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
     """Writes labels (categorical), confidence and probabilities into ``data`` under our usual keys."""
-    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=list(annotation.classes))
+    unknown = [UNKNOWN] if UNKNOWN in annotation.labels and UNKNOWN not in annotation.classes else []
+    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *unknown])
     data.obs[f"{key_added}_confidence"] = annotation.confidence
     data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
+
+
+def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
+    """Vocabulary position of every column of ``data``, [n_vars]; -1 for a gene without a place."""
+    source = find_counts(data, keys)
+    alignment = best_naming(source.namings, vocabulary, GeneRules(keys.repeated_genes, keys.ignore_gene_case))[1]
+    if source.place != "raw.X":
+        return alignment.positions
+    place = dict(zip(map(str, data.raw.var_names), alignment.positions.tolist(), strict=True))
+    return np.array([place.get(str(name), -1) for name in data.var_names], dtype=np.int64)
+
+
+def denoised(predictor: Predictor, store: SentenceStore, columns: NDArray[np.int64], batches: Sequence[int] | None) -> NDArray[np.float32]:
+    """Rates per 10,000, [n, len(columns)] float32: NaN for a column without a place in the vocabulary (see `gene_columns`).
+
+    Beside the answer only some cells' genes are in memory at a time. Columns of one gene all get the gene's rate.
+    """
+    known = columns >= 0
+    rates = np.full((int(store.sizes.sum()), len(columns)), np.nan, dtype=np.float32)
+    for rows, shares in predictor.rates(store, batches):
+        rates[np.ix_(rows, known)] = RATES_PER * shares[:, columns[known]]
+    return rates
+
+
+def write_denoised(data: AnnData, rates: NDArray[np.float32], table: CellTable, key_added: str = "cellplm") -> None:
+    """Writes layers[key_denoised], rates per 10,000, and obs[key_size_factor], each cell's counts in genes the model knows."""
+    data.layers[f"{key_added}_denoised"] = rates
+    data.obs[f"{key_added}_size_factor"] = table.totals().astype(np.float32)
+
+
+def write_flags(data: AnnData, table: CellTable, key_added: str = "cellplm") -> None:
+    """Says in obs[key_flag] which cells show the model nothing, and why; without such cells there is no such column."""
+    key, uncounted = f"{key_added}_flag", table.totals() == 0
+    if key in data.obs:
+        del data.obs[key]
+    if uncounted.any():
+        empty = uncounted if table.empty is None else table.empty
+        reasons = np.select([empty, uncounted], [0, 1], -1)
+        data.obs[key] = pd.Categorical.from_codes(reasons, categories=pd.Index([NO_COUNTS, NO_KNOWN_COUNTS]))
+        log.warning("%d of %d cells have no counts in genes the model knows; see obs[%r]", uncounted.sum(), table.n_cells, key)
 
 
 def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ def test_the_default_file_shows_every_key_with_its_default():
         ("max_cells=0", "max_cells"),
         ("inputs=[]", "inputs"),
         ("inputs=[a.h5ad,a.h5ad]", "stands in the list twice"),
-        ("datasets=[a,b]", "2 dataset names for 1 inputs"),
         ("kind=model", "kind"),
     ],
 )

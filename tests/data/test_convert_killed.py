@@ -151,6 +151,23 @@ def test_finished_ranges_are_not_read_again(inputs, tmp_path, through_runs, monk
     assert run(config).cells == 120
 
 
+def test_a_run_that_a_disk_cut_short_is_written_again(inputs, tmp_path, through_runs, uninterrupted):
+    config = config_for(tmp_path / "shards", inputs)
+
+    def until_the_first_shard(tasks):
+        for text in tasks:
+            if '"kind": "shard"' in text:
+                raise KeyboardInterrupt
+            yield write_part(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_with(config, until_the_first_shard, lambda _: None)
+    for number, path in enumerate(sorted((tmp_path / "shards" / ".staging" / "runs").glob("*.run"))[:3]):
+        path.write_bytes(path.read_bytes()[: -1 - number * 60])
+    run(config)
+    assert contents(tmp_path / "shards") == uninterrupted
+
+
 def test_a_source_is_read_once_however_its_samples_are_spread(inputs, tmp_path, through_runs, monkeypatch):
     rows: list[int] = []
     encoded = work._encoded

@@ -113,3 +113,26 @@ def test_every_order_holds_every_cell_once_and_no_two_samples_together(codes):
         if codes is not None:
             assert all(len(set(codes[rows[start:end]])) == 1 for start, end in itertools.pairwise(edges))
     assert sp.issparse(raw(ROWS).matrix(3, "X"))
+
+
+@pytest.mark.parametrize(("dtype", "encoding"), [(np.int8, "uint8"), (np.int8, "uint16"), (np.int16, "uint16"), (np.int32, "uint8")])
+def test_negative_integers_never_pass_for_large_ones(dtype, encoding):
+    """In an unsigned byte -2 is 254, and back in a signed one it is -2 again: as if it had been kept."""
+    rows = raw([[(0, 1), (1, -2)]], dtype)
+    with pytest.raises(DataError, match="cells 7 to 7 hold 1 negative values, the first at cell 7, gene 1"):
+        encoder([0, 1], encoding)(rows, 7)
+    with pytest.raises(NotWholeError):
+        encoder([0, 1], encoding, counts=False)(rows, 7)
+    assert listed(encoder([0, 1], encoding)(raw([[(0, 1), (1, 100)]], dtype), 7)) == [[(0, 1), (1, 100)]]
+
+
+def test_infinite_halves_are_no_counts():
+    with pytest.raises(DataError, match="1 infinite values, the first at cell 5, gene 1"):
+        encoder([0, 1])(raw([[(0, 1), (1, np.inf)]], np.float16), 5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8, np.int16, np.float16])
+def test_sums_of_repeated_entries_are_as_large_as_they_are(dtype):
+    most = 2048 if dtype is np.float16 else int(np.iinfo(dtype).max)
+    assert listed(encoder([0, 1])(raw([[(1, most), (1, most), (1, 1)]], dtype), 0)) == [[(1, 2 * most + 1)]]
+    assert listed(encoder([0, 0])(raw([[(0, most), (1, most)]], dtype), 0)) == [[(0, 2 * most)]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,3 +163,63 @@ def test_a_damaged_table_is_named(h5ad, tmp_path):
     path.unlink()
     with pytest.raises(IntegrityError, match=f"table {name} is missing"):
         export(tmp_path / "shards", tmp_path / "back")
+
+
+def test_what_is_there_is_not_written_over_unless_asked(h5ad, tmp_path):
+    """Exporting into the folder of the sources would replace them by less."""
+    there_and_back(h5ad, tmp_path, inputs=(str(h5ad),))
+    before = h5ad.read_bytes()
+    with pytest.raises(ConfigError, match=r"cells\.h5ad is there already.*--overwrite"):
+        export(tmp_path / "shards", h5ad.parent)
+    assert h5ad.read_bytes() == before
+    assert export(tmp_path / "shards", h5ad.parent, overwrite=True) == [h5ad]
+    assert h5ad.read_bytes() != before
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.float16])
+def test_sums_that_the_type_of_the_file_cannot_hold_get_a_wider_one(tmp_path, dtype, layout):
+    most = 2048 if dtype is np.float16 else np.iinfo(dtype).max
+    dense = np.full((12, 12), most, dtype=dtype)
+    if layout != "dense" and dtype is np.float16:
+        pytest.skip("scipy has no sparse matrices of float16")
+    x = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}[layout](dense)
+    write_h5ad(AnnData(X=x, var=pd.DataFrame(index=["A", "A", *(f"G{gene}" for gene in range(10))])), tmp_path / "a.h5ad")
+    back = ad.read_h5ad(there_and_back(tmp_path / "a.h5ad", tmp_path, keys=DataKeys(repeated_genes="sum"))).to_df()
+    assert (back["A"].astype(float) == 2 * float(most)).all()
+    assert (back["G3"].astype(float) == float(most)).all()
+
+
+def test_a_warning_names_what_does_not_come_back(cells, tmp_path, caplog):
+    cells.obsm["X_pca"] = np.zeros((120, 3))
+    cells.obsm["where"] = cells.obsm.pop("spatial")
+    cells.layers["spliced"] = cells.X.copy()
+    write_h5ad(cells, tmp_path / "cells.h5ad")
+    (tmp_path / "genes.txt").write_text("\n".join(cells.var_names[:30]))
+    keys = DataKeys(spatial_key="where")
+    back = ad.read_h5ad(there_and_back(tmp_path / "cells.h5ad", tmp_path, keys=keys, vocabulary=str(tmp_path / "genes.txt")))
+    assert list(back.obsm) == ["where"]
+    np.testing.assert_array_equal(back.obsm["where"], cells.obsm["where"])
+    lost = "layers['spliced'], obsm['X_pca'], varm['donor_effect'], varm['type_rate'], uns"
+    assert caplog.messages == [
+        f"cells comes back without {lost}: shards do not hold it",
+        "cells comes back without 10 genes that the vocabulary did not have",
+    ]
+
+
+def test_a_file_of_counts_and_tables_alone_comes_back_without_a_warning(cells, tmp_path, caplog):
+    write_h5ad(AnnData(X=cells.X, obs=cells.obs, var=cells.var), tmp_path / "plain.h5ad")
+    there_and_back(tmp_path / "plain.h5ad", tmp_path)
+    assert caplog.messages == []
+
+
+def test_numbers_of_the_other_byte_order_come_back_in_ours(cells, h5ad, tmp_path):
+    with h5py.File(h5ad, "a") as file:
+        for part in ("data", "indices", "indptr"):
+            values = file["X"][part][:]
+            del file["X"][part]
+            file["X"][part] = values.astype(values.dtype.newbyteorder(">"))
+    back = ad.read_h5ad(there_and_back(h5ad, tmp_path)).X
+    assert back.data.dtype == np.float32
+    np.testing.assert_array_equal(back.toarray(), cells.X.toarray())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import fsspec
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -20,7 +22,7 @@ from cellplane.data.manifest import read_manifest
 from cellplane.data.matrices import open_matrix
 from cellplane.data.reader import CellReader
 from cellplane.data.sources import AnnData, write_h5ad
-from cellplane.errors import ConfigError, DataError, FileFormatError, IntegrityError
+from cellplane.errors import ConfigError, DataError, FileFormatError, IntegrityError, StorageError
 
 
 def run(tmp_path: Path, *inputs: object, **options: object) -> ConvertReport:
@@ -51,6 +53,19 @@ def test_folders_and_globs_mean_their_files_sorted_and_each_once(folder):
     assert find_inputs([f"{folder}/*.h5ad"]) == expected[:2]
     assert find_inputs([str(folder / "b.h5ad"), f"{folder}/*.h5ad"]) == [expected[1], expected[0]]
     assert find_inputs([f"{folder.parent}/**/*.zarr"]) == [expected[2]]
+
+
+def test_one_file_reached_in_two_ways_is_converted_once(cells, folder, tmp_path, monkeypatch):
+    """A link to a file of the same folder would count its cells twice."""
+    (folder / "latest.h5ad").symlink_to(folder / "b.h5ad")
+    assert find_inputs([str(folder)]) == [folder / "a.h5ad", folder / "b.h5ad", folder / "c.zarr"]
+    monkeypatch.chdir(folder)
+    assert find_inputs(["a.h5ad", str(folder / "a.h5ad"), "../in/a.h5ad"]) == [Path("a.h5ad")]
+
+
+def test_hidden_files_of_a_folder_are_not_meant(folder):
+    (folder / "._a.h5ad").write_bytes(b"\0\5\x16\7")  # as macOS leaves them on other disks
+    assert len(find_inputs([str(folder)])) == 3
 
 
 def test_what_means_nothing_is_an_error_with_a_way_out(folder, tmp_path):
@@ -175,3 +190,76 @@ def test_a_corrupt_column_compressed_file_is_refused(cells, tmp_path, monkeypatc
     cells.X.indices[7] = 500
     with pytest.raises(IntegrityError, match="corrupt sparse matrix"):
         open_matrix(cells.X, "X", 120)
+
+
+def test_a_column_wise_file_replaced_after_a_kill_is_turned_again(cells, column_wise, tmp_path):
+    """What a killed run had turned belongs to the file as it was then."""
+
+    def stopping(tasks):
+        raise KeyboardInterrupt
+        yield
+
+    plain = {"inputs": (str(column_wise),), "out": str(tmp_path / "shards"), "max_cells": 16, "shard_bytes": 4000}
+    with pytest.raises(KeyboardInterrupt):
+        convert_with(ConvertConfig.model_validate(plain), stopping, lambda _: None)
+    assert list((tmp_path / "shards" / ".staging" / "columns").rglob("done.json"))
+    cells.X.data[:] = cells.X.data + 1
+    write_h5ad(cells, column_wise)
+    run(tmp_path, column_wise)
+    np.testing.assert_array_equal(ad.read_h5ad(export(tmp_path / "shards", tmp_path / "back")[0]).X.data, cells.X.data)
+
+
+def test_a_disk_that_fills_up_while_columns_are_turned_is_a_storage_error(column_wise, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cellplane.data.matrices.np.save", full)
+    with pytest.raises(StorageError, match="no room to write"):
+        run(tmp_path, column_wise)
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path) -> Any:
+    """A file system of its own scheme, in memory, and a home for the copies."""
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "home"))
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def test_a_zarr_folder_behind_a_url_is_fetched_again_when_a_file_in_it_changed(cells, store, tmp_path):
+    write_zarr(cells, tmp_path / "cells.zarr")
+    store.put(str(tmp_path / "cells.zarr"), "/bucket/cells.zarr", recursive=True)
+    first = find_inputs(["memory://bucket/cells.zarr"])
+    assert find_inputs(["memory://bucket/cells.zarr"]) == first
+    name = next(name for name in store.find("/bucket/cells.zarr") if "/X/data/" in name)
+    store.pipe(name, store.cat(name))
+    assert find_inputs(["memory://bucket/cells.zarr"]) != first
+    assert not list((tmp_path / "home").rglob("*.tmp"))
+
+
+def test_what_a_store_has_against_us_is_one_data_error(store, monkeypatch):
+    store.pipe("/bucket/a.h5ad", b"x")
+    for error in (PermissionError("no credentials"), RuntimeError("no route")):
+        monkeypatch.setattr(type(store), "info", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(DataError, match=rf"memory://bucket/a\.h5ad cannot be read: {type(error).__name__}: {error}; check address"):
+            find_inputs(["memory://bucket/a.h5ad"])
+
+
+def test_two_that_fetch_the_same_do_not_disturb_each_other(store, h5ad, monkeypatch):
+    """The copy of whoever is first is taken; nobody sees half of one."""
+    store.put(str(h5ad), "/bucket/cells.h5ad")
+    get, inner = type(store).get, []
+
+    def meanwhile(self, place, target, **options):
+        if not inner:
+            inner.append(None)
+            inner[0] = find_inputs(["memory://bucket/cells.h5ad"])
+        return get(self, place, target, **options)
+
+    monkeypatch.setattr(type(store), "get", meanwhile)
+    monkeypatch.setattr(os, "getpid", lambda numbers=iter(range(1, 100)): next(numbers))
+    assert find_inputs(["memory://bucket/cells.h5ad"]) == inner[0]
+    assert inner[0][0].read_bytes() == h5ad.read_bytes()
+    assert [path.name.startswith(".") for path in inner[0][0].parents[1].iterdir()] == [False]

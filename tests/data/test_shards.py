@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -215,4 +216,22 @@ def test_another_vocabulary_is_refused(folder):
         verify_shards(folder)
     path.unlink()
     with pytest.raises(IntegrityError, match="missing"):
+        verify_shards(folder)
+
+
+def test_a_manifest_with_more_in_it_than_we_know_is_one_clear_sentence(folder):
+    plain = json.loads((folder / MANIFEST).read_text())
+    plain["datasets"][0]["invented_later"] = 1
+    del plain["manifest_sha256"]
+    plain["manifest_sha256"] = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(plain))
+    with pytest.raises(FileFormatError, match=r"invented_later.*use the newer cellplane that wrote it"):
+        read_manifest(folder)
+
+
+def test_a_table_too_many_is_named_and_what_is_not_ours_is_left_in_peace(folder):
+    (folder / "notes.parquet").write_text("mine")
+    verify_shards(folder)
+    shutil.copy(folder / str(read_manifest(folder).datasets[0].obs_file), folder / "obs-other-0123456789ab.parquet")
+    with pytest.raises(IntegrityError, match=r"holds 'obs-other-0123456789ab\.parquet', which its manifest does not know"):
         verify_shards(folder)

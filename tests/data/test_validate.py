@@ -264,7 +264,7 @@ def test_versions_and_repeated_names_are_counted(tmp_path):
 
 def test_recovering_is_tried_when_asked_for(pbmc68k):
     refused = look(pbmc68k)
-    assert "set recover_counts=true" in refused.errors[0]
+    assert "use --recover-counts" in refused.errors[0]
     found = look(pbmc68k, recover_counts=True)
     assert found.ok
     assert (found.counts["place"], found.counts["recovered"]) == ("raw.X", True)
@@ -359,6 +359,38 @@ def test_the_verb_ends_with_0_or_3_and_speaks_to_people_and_programs(run, tmp_pa
     code, out = run("data", "validate", tmp_path / "nowhere.h5ad", "--json")
     assert (code, json.loads(out)["ok"]) == (3, False)
     assert run("data", "validate", tmp_path / "x.h5ad", "-o", "keys.bath_key=a")[0] == 2
+
+
+def test_the_verb_takes_what_convert_takes_and_judges_each_and_all(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_h5ad(simulate(SimulateConfig(n_cells=60, n_genes=30)), folder / f"{name}.h5ad")
+    for arguments in ((folder,), (folder / "a.h5ad", folder / "b.h5ad"), (f"{folder}/*.h5ad",)):
+        code, out = run("data", "validate", *arguments, "--batch-key", "batch")
+        assert code == 0
+        assert out.count("batch: 2 groups") == 2
+        assert out.endswith("2 of 2 files can be converted\n")
+    cells = simulate(SimulateConfig(n_cells=60, n_genes=30))
+    cells.var_names = [f"ENSG{gene:011d}" for gene in range(30)]
+    write_h5ad(cells, folder / "c.h5ad")
+    code, out = run("data", "validate", folder, "--json")
+    found = json.loads(out)
+    assert (code, found["ok"], [file["ok"] for file in found["files"]]) == (3, False, [True] * 3)
+    assert "name their genes differently" in found["errors"][0]
+    assert run("data", "validate", folder)[1].endswith("3 of 3 files can be converted, but NOT together\n")
+    (folder / "d.h5ad").write_text("text")
+    assert f"CANNOT be converted: {folder}/d.h5ad\n3 of 4 files" in run("data", "validate", folder)[1]
+    assert run("data", "validate", f"{folder}/none*")[0] == 3
+    assert run("data", "validate", folder / "a.h5ad", "--layer", "nowhere")[0] == 3
+    assert run("data", "validate", folder / "a.h5ad", "--fov-key", "batch")[0] == 0
+
+
+def test_texts_that_mean_no_label_are_missing_ones(tmp_path):
+    cells = simulate(SimulateConfig(n_cells=100, n_genes=30))
+    cells.obs["cell_type"] = ["nan", *cells.obs["cell_type"].astype(str)[1:]]
+    found = look(written(tmp_path, cells), labels_key="cell_type")
+    assert (found.columns["labels"]["missing"], "nan" in found.columns["labels"]["sizes"]) == (1, False)
 
 
 def test_the_simulating_verb_refuses_what_it_cannot_do(run, tmp_path):

@@ -10,7 +10,7 @@ import typer
 
 from cellplane.cli import genes as gene_verbs
 from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, live, progress
-from cellplane.cli.validation import show as show_validation
+from cellplane.cli.validation import show_validations
 from cellplane.errors import DataError
 
 app = typer.Typer(help="Convert AnnData to shards, look at them, check them.", no_args_is_help=True)
@@ -46,12 +46,12 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
     from cellplane.config import load_config
     from cellplane.data.config import ConvertConfig
     from cellplane.data.convert import convert as run
-    from cellplane.data.guard import check_source
-    from cellplane.data.planning import ordered_inputs
+    from cellplane.data.convert import refuse_file
+    from cellplane.data.planning import check_inputs
 
     loaded = load_config(ConvertConfig, config, "data", overrides)
-    for _, path in ordered_inputs(loaded):
-        check_source(path)  # before a cluster is started for nothing
+    refuse_file(Path(loaded.out).absolute())
+    check_inputs(loaded)
     with local_ray(log_to_driver=False), live() as tell:
         report = run(loaded, tell)
     return {
@@ -89,6 +89,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
             "counts": ", ".join(f"{entry.name}: {entry.count_source}" for entry in manifest.datasets),
             "batches": len(manifest.batch_names),
             "labels": ", ".join(manifest.label_names) or "none",
+            "not_kept": "; ".join(f"{entry.name}: {entry.left_out}" for entry in manifest.datasets if entry.left_out) or "nothing known of",
             "fingerprint": manifest.fingerprint,
         },
         as_json,
@@ -109,13 +110,20 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", help="Folder of the h5ad files, one for each data set.")],
     dataset: Annotated[list[str] | None, typer.Option(help="Export this data set only; may be repeated.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there; they may hold more than shards do.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write shards back as h5ad files: the counts as they were converted, with their tables of cells and genes."""
+    """Write shards back as h5ad files: the counts as they were converted, with their tables of cells and genes.
+
+    X, obs, var and the coordinates come back. uns, other layers, other obsm entries, obsp, varm and varp are not in
+    shards, nor are genes that the vocabulary did not have: a warning names what a file had of these.
+    """
     from cellplane.data.export import export as run
 
     with progress("exporting") as show:
-        files = run(folder, out, dataset or (), lambda done, total: show(done, total, {}))
+        files = run(folder, out, dataset or (), lambda done, total: show(done, total, {}), overwrite)
     answer({"written": ", ".join(map(str, files)), "bytes": sum(path.stat().st_size for path in files)}, as_json)
 
 
@@ -162,34 +170,37 @@ def simulate_file(out: Path, config: str | None, overrides: list[str], gzip: boo
 
 @app.command("validate")
 def validate(
-    file: Annotated[Path, typer.Argument(help="h5ad file or zarr folder.")],
+    inputs: Annotated[list[str], typer.Argument(help="h5ad files, zarr folders, folders, globs, URLs, as for convert.")],
     config: ConfigOption = None,
     override: Overrides = None,
+    layer: Annotated[str | None, typer.Option(help="Where the raw counts are; they are looked for without it.")] = None,
     batch_key: Annotated[str | None, typer.Option(help="obs column of the sample, as for convert.")] = None,
+    fov_key: Annotated[str | None, typer.Option(help="obs column of the field of view, as for convert.")] = None,
     labels_key: Annotated[str | None, typer.Option(help="obs column of the labels.")] = None,
     spatial_key: Annotated[str | None, typer.Option(help="obsm entry of the positions.")] = None,
     vocabulary: Annotated[Path | None, typer.Option(help="Text file of gene ids that the genes must be found in.")] = None,
     recover_counts: Annotated[bool, typer.Option("--recover-counts", help="Accept log1p values whose counts come back exactly.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in a file and what would go wrong with it; ends with 3 when converting it would fail."""
-    keys = {"batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key, "recover_counts": recover_counts}
-    options = given({"inputs": [file], **{f"keys.{key}": value for key, value in keys.items()}, "vocabulary": vocabulary})
-    found = validate_file(config, [*options, *(override or [])])
+    """Say what is in files and what would go wrong with them; ends with 3 when converting them (together) would fail."""
+    columns = {"layer": layer, "batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key}
+    keys = {f"keys.{key}": value for key, value in {**columns, "recover_counts": recover_counts}.items()}
+    options = given({"inputs": inputs, **keys, "fov_key": fov_key, "vocabulary": vocabulary})
+    found = validate_files(config, [*options, *(override or [])])
     if as_json:
         answer(found, True)
     else:
-        show_validation(found)
+        show_validations(found)
     if not found["ok"]:
         raise typer.Exit(DataError.exit_code)
 
 
-def validate_file(config: str | None, overrides: list[str]) -> dict[str, Any]:
-    """Loads the configuration of a conversion and looks at its file; what to print."""
+def validate_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
+    """Loads the configuration of a conversion and looks at its files; what to print."""
     from cellplane.config import load_config
     from cellplane.data.config import ConvertConfig
-    from cellplane.data.validate import validate as look
+    from cellplane.data.validate import validate_inputs
 
     loaded = load_config(ConvertConfig, config, "data", [*overrides, "out=."])  # nothing is written
-    with progress(f"looking at {Path(loaded.inputs[0]).name}") as show:
-        return look(loaded, lambda done, cells: show(done, cells, {})).plain()
+    with progress("looking at the counts") as show:
+        return validate_inputs(loaded, lambda _, done, cells: show(done, cells, {})).plain()

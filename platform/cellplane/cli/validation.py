@@ -13,6 +13,23 @@ SHOWN = 8  # groups of a column
 SHOWN_QUANTILES = ("0", "5", "50", "95", "100")
 
 
+def show_validations(found: Mapping[str, Any]) -> None:
+    """Prints a `Verdict.plain`: each file, then what they are together."""
+    if "files" not in found:
+        show(found)
+        return
+    for one in found["files"]:
+        show(one)
+        typer.echo()
+    for text in found["errors"]:
+        typer.echo(f"error: {text}")
+    bad = [one["path"] for one in found["files"] if not one["ok"]]
+    for path in bad:
+        typer.echo(f"CANNOT be converted: {path}")
+    good = len(found["files"]) - len(bad)
+    typer.echo(f"{good} of {len(found['files'])} files can be converted{'' if not found['errors'] else ', but NOT together'}")
+
+
 def show(found: Mapping[str, Any]) -> None:
     """Prints a `Validation.plain`."""
     typer.echo(f"{found['path']}: {found['cells']} cells")

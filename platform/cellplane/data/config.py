@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from cellplane.config import Config
 
 MIB = 1024 * 1024
+UNLABELLED = ("", "nan", "NA", "None")  # texts in a label column that mean: no label
 
 
 class DataKeys(Config):
@@ -63,10 +64,7 @@ class ConvertConfig(Config):
     """Shards written at the same time; None uses every CPU of the cluster."""
 
     @model_validator(mode="after")
-    def _one_distinct_name_each(self) -> Self:
-        single = all(text.endswith((".h5ad", ".zarr")) and not set(text) & set("*?[") for text in self.inputs)
-        if self.datasets is not None and single and len(self.datasets) != len(self.inputs):
-            raise ValueError(f"{len(self.datasets)} dataset names for {len(self.inputs)} inputs: give one each, or none")
+    def _every_input_once(self) -> Self:
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError("an input file stands in the list twice: its cells would count double")
         return self

@@ -14,11 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ from cellplane.data.planning import SHARD_NAME, TABLE_NAME, Plan, make_plan
 from cellplane.data.tasks import ShardTask, TableTask, Task, safe_name, task_json
 from cellplane.data.work import descriptor, write_row
 from cellplane.data.work import write_part as write_part
-from cellplane.errors import DataError, ServiceError, StorageError
+from cellplane.errors import ConfigError, DataError, ServiceError, StorageError
 
 log = logging.getLogger(__name__)
 STAGING, LOCK = ".staging", ".lock"
+VOCABULARY_NAME, LEFT_BEHIND = re.compile(r"vocabulary-[0-9a-f]{12}\.txt"), re.compile(r"\..+\.(arrow|parquet|txt|json)\.\d+\.tmp")
+OURS = (SHARD_NAME, TABLE_NAME, VOCABULARY_NAME, LEFT_BEHIND)  # what a conversion may remove; the rest of the folder is not its business
 
 
 @dataclass(frozen=True)
@@ -216,14 +219,24 @@ def _parse_result(text: str, plan: Plan) -> dict[str, Any]:
     return plain
 
 
+def refuse_file(out: Path) -> None:
+    """ConfigError when a file stands where the folder of shards, or one above it, should be."""
+    blocking = next(path for path in (out, *out.parents) if path.exists())
+    if not blocking.is_dir():
+        raise ConfigError(f"{blocking} is a file, so no shards can be written to {out}; name a folder")
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One conversion per folder; the lock dies with its process."""
+    refuse_file(out)
     with storage_errors(out):
-        (out / STAGING).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         _take(descriptor, out)
+        with storage_errors(out):
+            (out / STAGING).mkdir(exist_ok=True)
         yield
     finally:
         os.close(descriptor)
@@ -253,8 +266,10 @@ def _keep_descriptors(out: Path) -> list[str]:
     except DataError as error:
         log.warning("the manifest of %s is not usable and will be replaced: %s", out, error)
         return []
-    for number, entry in enumerate(manifest.shards):
-        own = [row for row in manifest.sentences if row.shard == number]
+    rows: list[list[SentenceRow]] = [[] for _ in manifest.shards]
+    for row in manifest.sentences:
+        rows[row.shard].append(row)
+    for entry, own in zip(manifest.shards, rows, strict=True):
         plain = {"kind": "shard", "entry": asdict(entry), "nnz": [row.nnz for row in own], "cells": [row.cells for row in own]}
         _keep(out, entry.name, plain)
     for dataset in manifest.datasets:
@@ -275,7 +290,9 @@ def _manifest(config: ConvertConfig, plan: Plan, shards: Sequence[Written], tabl
         panel = pack_panel(alignment.panel())
         found = (source.place, source.recovered, deviation, alignment.report(), *source.layout)
         files = [part for task in plan.tables[2 * index : 2 * index + 2] for part in (task.name, tables[task.name])]
-        datasets.append(DatasetEntry(source.name, source.path.name, source.stamp[0], source.sha256, source.cells, panel, *found, *files))
+        entry = DatasetEntry(source.name, source.path.name, source.stamp[0], source.sha256, source.cells, panel, *found, *files)
+        spatial_key = None if source.coordinates is None else config.keys.spatial_key
+        datasets.append(replace(entry, spatial_key=spatial_key, left_out=source.left_out))
     return Manifest(
         vocabulary_file=f"vocabulary-{plan.vocabulary.fingerprint[:12]}.txt",
         vocabulary_sha256=hashlib.sha256(_vocabulary_text(plan)).hexdigest(),
@@ -328,12 +345,9 @@ def _publish(out: Path, plan: Plan, manifest: Manifest) -> None:
     fault("before_cleanup")
     shutil.rmtree(out / STAGING)
     fault("in_cleanup")
-    for path in out.glob(".*.tmp"):  # left by a killed run
-        path.unlink()
     kept = {task.name for task in moved} | {manifest.vocabulary_file}
-    for path in (*out.glob("*.arrow"), *out.glob("*.parquet"), *out.glob("vocabulary-*.txt")):
-        ours = path.suffix == ".txt" or SHARD_NAME.fullmatch(path.name) or TABLE_NAME.fullmatch(path.name)
-        if path.name not in kept and ours:
+    for path in out.iterdir():
+        if path.name not in kept and any(pattern.fullmatch(path.name) for pattern in OURS):
             path.unlink()
 
 

@@ -48,11 +48,13 @@ class Choice:
 Candidate = tuple[str, Callable[[], sp.csr_matrix | None]]
 
 
-def choose(candidates: Sequence[Candidate], recover_counts: bool, totals: NDArray[np.float64] | None = None) -> Choice:
+def choose(
+    candidates: Sequence[Candidate], recover_counts: bool, totals: NDArray[np.float64] | None = None, there: Sequence[str] = ()
+) -> Choice:
     """The first place that holds raw counts, else (when asked) the first whose counts can be recovered exactly.
 
     ``totals`` [n], where known, are the cells' counts over all genes: recovered ones may not exceed them. Raises
-    CountsNotFoundError listing what was seen in every place, and saying whether recovering would work.
+    CountsNotFoundError listing what was seen in every place, which others are ``there``, and whether recovering would work.
     """
     seen: list[tuple[str, str]] = []
     logged: list[tuple[str, sp.csr_matrix]] = []
@@ -70,18 +72,25 @@ def choose(candidates: Sequence[Candidate], recover_counts: bool, totals: NDArra
         if tried is not None and recover_counts:
             return Choice(place, tried.matrix, recovered=True, deviation=tried.deviation)
         if tried is not None:
-            hint = f"{place} is log1p-normalised and its counts come back exactly: set recover_counts=true"
+            hint = f"{place} is log1p-normalised and its counts come back exactly: use --recover-counts (keys.recover_counts=true)"
             raise CountsNotFoundError(f"{_listing(seen)}; {hint}")
-    raise CountsNotFoundError(f"{_listing(seen)}; put the raw counts into layers['counts'], or name their layer")
+    others = sorted(set(there) - {place for place, _ in candidates})
+    also = f" (not looked at: {', '.join(others)})" if others else ""
+    raise CountsNotFoundError(
+        f"{_listing(seen)}{also}; put the raw counts into layers['counts'], or name their layer with --layer (keys.layer)"
+    )
 
 
 def _listing(seen: Sequence[tuple[str, str]]) -> str:
     return "no raw counts found: " + ", ".join(f"{place}: {finding}" for place, finding in seen)
 
 
-def describe(matrix: sp.csr_matrix, place: str) -> str | None:
-    """None when these are raw counts, else what they seem to be. Raises DataError on NaN, inf and counts too large to be exact."""
-    data = matrix.data
+def describe(matrix: sp.csr_matrix, place: str, first: int = 0) -> str | None:
+    """None when these are raw counts, else what they seem to be. Raises DataError on NaN, inf and counts too large to be exact.
+
+    ``first`` is the number of the first row's cell in its file, for the message.
+    """
+    data = matrix.data if matrix.dtype != np.float16 else matrix.data.astype(np.float32)
     if data.dtype == bool:
         return "binarised (bool)"
     if not np.issubdtype(data.dtype, np.number) or np.iscomplexobj(data):
@@ -90,14 +99,15 @@ def describe(matrix: sp.csr_matrix, place: str) -> str | None:
         return None
     for wrong, name in ((np.isnan(data), "NaN"), (np.isinf(data), "infinite")):
         if wrong.any():
-            where = f"the first at {_position(matrix, wrong)}"
+            where = f"the first at {_position(matrix, wrong, first)}"
             raise DataError(f"{place} holds {int(wrong.sum())} {name} values, {where}; counts are finite numbers")
     if (negative := data < 0).any():
-        return f"{int(negative.sum())} negative values, the first at {_position(matrix, negative)}: looks scaled"
+        return f"{int(negative.sum())} negative values, the first at {_position(matrix, negative, first)}: looks scaled"
     if not (data == np.rint(data)).all():
         return "non-integer, looks log1p-normalised" if could_be_log(matrix) else "non-integer, looks normalised"
-    if data.max() > MAX_EXACT_COUNT:
-        raise DataError(f"{place} holds counts above {MAX_EXACT_COUNT}, which float32 cannot hold exactly; check the units")
+    if (large := data > MAX_EXACT_COUNT).any():
+        where = f"the first at {_position(matrix, large, first)}"
+        raise DataError(f"{place} holds counts above {MAX_EXACT_COUNT}, {where}: float32 cannot hold them exactly; check the units")
     return None
 
 
@@ -107,9 +117,9 @@ def _exact_counts(data: NDArray[Any]) -> bool:
     return bool((whole == data).all()) and int(whole.max()) <= MAX_EXACT_COUNT
 
 
-def _position(matrix: sp.csr_matrix, where: NDArray[np.bool_]) -> str:
+def _position(matrix: sp.csr_matrix, where: NDArray[np.bool_], first: int) -> str:
     entry = int(np.argmax(where))
-    cell = int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
+    cell = first + int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
     return f"cell {cell}, gene {int(matrix.indices[entry])}"
 
 
@@ -172,12 +182,18 @@ def canonical(matrix: Any, place: str) -> sp.csr_matrix:
         matrix = kind((matrix.data, matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)  # own flags, shared arrays
     rows = sp.csr_matrix(matrix, copy=False)
     if not rows.has_canonical_format:
-        rows = rows.copy()
+        rows = sp.csr_matrix((summable(rows.data), rows.indices, rows.indptr), shape=rows.shape, copy=True)
         rows.sum_duplicates()
     if len(rows.data) and not rows.data.all():
         rows = rows.copy()
         rows.eliminate_zeros()
     return rows
+
+
+def summable(data: NDArray[Any]) -> NDArray[Any]:
+    """The values in a type that holds their sums: a byte would silently make 44 of 200 + 100."""
+    wide = {"u": np.uint64, "i": np.int64, "f": np.promote_types(np.float32, data.dtype) if data.dtype.kind == "f" else None}
+    return data.astype(wide.get(data.dtype.kind) or data.dtype, copy=False)
 
 
 def check_structure(

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cellplane.data.counts import MAX_EXACT_COUNT, describe
+from cellplane.data.counts import MAX_EXACT_COUNT, describe, summable
 from cellplane.data.matrices import RawRows
 from cellplane.data.naming import to_vocabulary
 from cellplane.data.shards import ESCAPES, MAX_UINT16_GENES
@@ -144,7 +144,7 @@ class Encoder:
         falls = np.concatenate(down) if down else np.zeros(0, dtype=np.int64)
         if (raw.indptr[np.searchsorted(raw.indptr, falls)] == falls).all():  # only from one row to the next
             return raw
-        ordered = sp.csr_matrix((raw.data, raw.indices, raw.indptr), shape=(len(raw.indptr) - 1, columns), copy=True)
+        ordered = sp.csr_matrix((summable(raw.data), raw.indices, raw.indptr), shape=(len(raw.indptr) - 1, columns), copy=True)
         ordered.sum_duplicates()
         return raw if ordered.nnz == len(indices) else RawRows(ordered.indptr.astype(np.int64), ordered.indices, ordered.data)
 
@@ -159,6 +159,10 @@ class Encoder:
         data = raw.data.view(np.uint8) if raw.data.dtype == bool and not self.counts else raw.data
         if data.dtype.kind not in "iuf":
             self._refuse(raw, first)
+        if data.dtype.kind == "i" and data.dtype.itemsize <= np.dtype(self.encoding).itemsize:
+            data = data.astype(np.int64)  # else -2 would come back from an unsigned byte as -2, and pass for 254
+        if data.dtype == np.float16:
+            data = data.astype(np.float32)  # in which the limits below are not infinite
         x, at = _round_trip(data, np.dtype(self.encoding))
         exact = data[at]
         limit = MAX_EXACT_COUNT if self.counts else MAX_ESCAPED
@@ -178,8 +182,8 @@ class Encoder:
     def _refuse(self, raw: RawRows, first: int) -> None:
         if not self.counts:
             raise NotWholeError(f"{self.where} is not whole numbers only")
-        found = describe(raw.matrix(len(self.positions), self.where), f"{self.where}, cells from {first}")
-        cells = f"cells {first} to {first + len(raw.indptr) - 1}"
+        found = describe(raw.matrix(len(self.positions), self.where), self.where, first)
+        cells = f"cells {first} to {first + len(raw.indptr) - 2}"
         raise DataError(f"{self.where} looked like counts, but {cells} hold {found}; use raw counts")
 
 

@@ -59,6 +59,7 @@ def fault(point: str) -> None:
     """Kill this process at a named point when FAULT_AT=point:n (or point:n:flag_file) asks for it, to test recovery.
 
     n counts the visits of the point in this process from 0; with a flag file it happens once for all processes.
+    FAULT_SIGNAL=SIGSTOP stops it there instead.
     """
     asked, _, rest = os.environ.get("FAULT_AT", "").partition(":")
     if asked != point:
@@ -69,7 +70,7 @@ def fault(point: str) -> None:
         return
     if flag:
         Path(flag).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[os.environ.get("FAULT_SIGNAL", "SIGKILL")])
 
 
 _visits: dict[str, int] = {}

@@ -18,7 +18,6 @@ from cellplane.errors import CountsNotFoundError, VocabularyError
 from cellplane.genes import GeneAlignment, GeneVocabulary, namespace_of
 
 SAMPLE_CELLS = 256  # tell what a matrix holds
-ROWS_AT_ONCE = 4096
 COLUMN_SHOWN = 5
 
 
@@ -91,7 +90,7 @@ def _column_totals(reader: CellReader, keys: DataKeys) -> tuple[str, NDArray[np.
     except CountsNotFoundError:
         return ("X" if "X" in reader.places or not reader.places else next(iter(reader.places))), None
     totals = np.zeros(reader.matrix(place).shape[1])
-    for start in range(0, reader.n_cells, ROWS_AT_ONCE):
-        rows = reader.rows(place, start, min(start + ROWS_AT_ONCE, reader.n_cells))
+    for _, raw in reader.parts(place, 0, reader.n_cells):
+        rows = raw.matrix(len(totals), place)
         totals += np.bincount(rows.indices, weights=rows.data, minlength=len(totals))
     return place, totals

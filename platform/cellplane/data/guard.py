@@ -18,6 +18,7 @@ from cellplane.errors import CellplaneError, DataError, FileFormatError
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 OTHER_SIGNATURES = {b"PK\x03\x04": "a zip archive", b"\x89PNG": "a PNG image", b"\x1f\x8b": "gzip data", b"ARROW1": "an Arrow file"}
 BOMB_BYTES, BOMB_RATIO = 64 * 1024**2, 1100  # deflate cannot shrink by more than 1032
+HOLLOW_RATIO = 100_000  # zarr leaves out chunks of zeros, and zstd makes little of them
 ZARR_MARKS = (".zgroup", "zarr.json")
 
 
@@ -32,12 +33,25 @@ def check_source(path: Path) -> None:
         check_h5ad(path)
         return
     with readable(path):
-        found = sorted(zarr.open_group(str(path), mode="r").keys())
+        group = zarr.open_group(str(path), mode="r")
+        found = sorted(group.keys())
         if not {"obs", "var"} <= set(found):
             raise FileFormatError(f"{path} is zarr but not AnnData: it holds {found[:8]}, expected obs and var")
         for link in path.rglob("*"):
             if link.is_symlink():
                 raise FileFormatError(f"{path}: {link.name} is a symbolic link, which may point anywhere; expected a self-contained folder")
+        for name, node in group.members(max_depth=None):
+            if isinstance(node, zarr.Array) and node.nbytes > BOMB_BYTES:
+                _refuse_hollow(path, name, int(node.nbytes))
+
+
+def _refuse_hollow(path: Path, name: str, declared: int) -> None:
+    stored = 1
+    for file in (path / name).rglob("*"):
+        stored += file.stat().st_size
+        if declared <= HOLLOW_RATIO * stored:
+            return
+    raise FileFormatError(f"{path}: {name} declares {declared} bytes but stores {stored}; refused, it would fill the memory")
 
 
 @contextmanager
@@ -77,7 +91,7 @@ def check_h5ad(path: Path) -> None:
     if not exists:
         raise DataError(f"{path}: no such file")
     if is_folder:
-        raise FileFormatError(f"{path} is a folder{' (zarr)' if (path / '.zgroup').exists() else ''}; expected an .h5ad file")
+        raise FileFormatError(f"{path} is a folder{' (zarr)' if is_zarr(path) else ''}; expected an .h5ad file")
     with readable(path):
         if not h5py.is_hdf5(path):
             raise FileFormatError(f"{path} ({_size(path)} bytes) is not an HDF5 file but {_detected(path)}; expected an .h5ad file")

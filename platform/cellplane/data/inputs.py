@@ -9,8 +9,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -18,7 +20,7 @@ import fsspec
 from cellplane.config import home
 from cellplane.data.files import HASH_CHUNK_BYTES, storage_errors
 from cellplane.data.guard import is_zarr
-from cellplane.errors import DataError
+from cellplane.errors import CellplaneError, DataError
 
 WHOLE_BYTES = 256 * 1024**2  # a smaller source is hashed byte by byte
 END_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 1024**2, 256, 64 * 1024  # of a larger one: both ends, where HDF5 keeps its tables, and samples
@@ -28,12 +30,14 @@ GLOB_CHARACTERS = "*?["
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """The files and zarr folders meant by paths, folders, globs and URLs, each once, sorted within what names several.
 
-    Raises DataError for one that means nothing.
+    One that is reached in two ways (a link, a relative path) is one: its cells would count double. Raises DataError for
+    a text that means nothing.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for text in inputs:
-        found |= dict.fromkeys(_meant(text))
-    return list(found)
+        for path in _meant(text):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _meant(text: str) -> list[Path]:
@@ -41,7 +45,8 @@ def _meant(text: str) -> list[Path]:
         return _fetch(text)
     path = Path(text)
     if path.is_dir() and not is_zarr(path):
-        files = sorted(child for child in path.iterdir() if child.suffix == ".h5ad" or (child.is_dir() and is_zarr(child)))
+        shown = [child for child in path.iterdir() if not child.name.startswith(".")]  # "._cells.h5ad" is not what it seems
+        files = sorted(child for child in shown if child.suffix == ".h5ad" or (child.is_dir() and is_zarr(child)))
         if not files:
             raise DataError(f"{path} is a folder without .h5ad files or zarr folders; name the files, or another folder")
         return files
@@ -57,29 +62,43 @@ def _fetch(url: str) -> list[Path]:
     """Local copies of what a URL (or a glob of one) names."""
     try:
         system, place = fsspec.core.url_to_fs(url)
-        places = sorted(system.glob(place)) if any(character in place for character in GLOB_CHARACTERS) else [place]
-        if not places or not all(system.exists(one) for one in places):
-            raise DataError(f"{url}: no such file; check the address")
+        several = not url.startswith("http") and any(character in place for character in GLOB_CHARACTERS)  # "?" begins a query there
+        places = sorted(system.glob(place)) if several else [place]
+        if not places:
+            raise FileNotFoundError
         return [_copy(system, str(one)) for one in places]
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file; check the address") from None
+    except CellplaneError:
+        raise
     except (ImportError, ValueError) as error:
         raise DataError(f"{url} cannot be read: {error}; install the package of that protocol, or copy the file here") from error
+    except Exception as error:  # every store has errors of its own: no credentials, no route, no permission
+        raise DataError(
+            f"{url} cannot be read: {type(error).__name__}: {error}; check address and access, or copy the file here"
+        ) from error
 
 
 def _copy(system: fsspec.AbstractFileSystem, place: str) -> Path:
-    known = {
-        key: str(value) for key, value in system.info(place).items() if key.lower() in ("size", "etag", "mtime", "created", "last_modified")
-    }
-    version = hashlib.sha256(json.dumps([system.protocol, place, known], sort_keys=True).encode()).hexdigest()[:16]
-    target = home() / "cache" / "inputs" / version / place.rstrip("/").rsplit("/", 1)[-1]
+    version = hashlib.sha256(json.dumps([system.protocol, place, _state(system, place)], sort_keys=True).encode()).hexdigest()[:16]
+    target = home() / "cache" / "inputs" / version / place.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     if not target.exists():
-        fetched = target.parent.with_name(f".{version}.tmp")
+        fetched = target.parent.with_name(f".{version}.{os.getpid()}.tmp")  # somebody else may fetch it too
         with storage_errors(target):
             shutil.rmtree(fetched, ignore_errors=True)
             fetched.mkdir(parents=True)
             system.get(place, str(fetched / target.name), recursive=system.isdir(place))
-            shutil.rmtree(target.parent, ignore_errors=True)
-            fetched.rename(target.parent)
+            with suppress(OSError):  # the other one was first: the same version, so the same bytes
+                fetched.rename(target.parent)
+            shutil.rmtree(fetched, ignore_errors=True)
     return target
+
+
+def _state(system: fsspec.AbstractFileSystem, place: str) -> dict[str, dict[str, str]]:
+    """What tells a version of a remote file from another; of a folder, that of every file in it."""
+    found = system.find(place, detail=True) if system.isdir(place) else {place: system.info(place)}
+    telling = ("size", "etag", "mtime", "created", "last_modified")
+    return {name: {key: str(value) for key, value in info.items() if key.lower() in telling} for name, info in found.items()}
 
 
 def source_sha256(path: Path, full: bool) -> str:

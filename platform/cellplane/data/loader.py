@@ -29,7 +29,7 @@ from torch.utils.dlpack import from_dlpack
 from cellplane.cells import CellBatch
 from cellplane.config import home
 from cellplane.data.sentences import SentenceWeights, draw_weights
-from cellplane.data.shards import Block, Manifest, RawBlock, ShardReader, check_shard, read_manifest, read_vocabulary
+from cellplane.data.shards import Block, Manifest, RawBlock, ShardEntry, ShardReader, check_shard, read_manifest, read_vocabulary
 from cellplane.errors import DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 
@@ -56,19 +56,19 @@ class ShardStore:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         self.vocabulary: GeneVocabulary = read_vocabulary(self.folder, self.manifest)
-        self._readers = [self._open(number) for number in range(len(self.manifest.shards))]
+        promised = np.bincount([row.shard for row in self.manifest.sentences], minlength=len(self.manifest.shards)).tolist()
+        self._readers = [self._open(entry, sentences) for entry, sentences in zip(self.manifest.shards, promised, strict=True)]
         self.panels = torch.from_numpy(self.manifest.panels())
         self._start_of = [0, *accumulate(entry.cells for entry in self.manifest.datasets)]  # row of a data set's first cell
         self._sizes = np.array([row.cells for row in self.manifest.sentences], dtype=np.int64)
         self._genes, self._values = _Buffers(np.int64), _Buffers(np.float32)
         self._reading = threading.Lock()
 
-    def _open(self, number: int) -> ShardReader:
-        entry = self.manifest.shards[number]
+    def _open(self, entry: ShardEntry, promised: int) -> ShardReader:
         path = (self.folder / entry.name).resolve()
         verify_once(path, lambda: check_shard(path, entry), entry.sha256)
         reader = ShardReader(path)
-        if len(reader) != (promised := sum(row.shard == number for row in self.manifest.sentences)):
+        if len(reader) != promised:
             raise IntegrityError(f"shard {entry.name} holds {len(reader)} sentences, the manifest says {promised}; convert again")
         return reader
 

@@ -60,6 +60,8 @@ class DatasetEntry:
     obs_sha256: str | None = None
     var_file: str | None = None
     var_sha256: str | None = None
+    spatial_key: str | None = None  # the obsm entry its coordinates are from
+    left_out: str | None = None  # what its file had that no shard holds, e.g. "uns, obsm['X_pca']"
 
     def tables(self) -> dict[str, str]:
         """sha256 of the Parquet files of its cells and genes."""
@@ -143,6 +145,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder; DataError when there is none, FileFormatError or IntegrityError when it is damaged or newer."""
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'a file' if folder.exists() else 'no such folder'}; expected a folder written by data convert")
     if not path.is_file():
         raise DataError(f"{folder} holds no {MANIFEST}: it is no shard folder, or its conversion did not finish; run data convert (again)")
     try:
@@ -155,6 +159,13 @@ def read_manifest(folder: Path) -> Manifest:
     promised = plain.pop("manifest_sha256", None)
     if promised != (got := _json_sha256(plain)):
         raise IntegrityError(f"{path}: sha256 {got}, it says {promised}; it was changed after it was written: convert again")
+    try:
+        return _parsed(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path} is whole but of another make: {error}; use the newer cellplane that wrote it") from None
+
+
+def _parsed(plain: dict[str, Any]) -> Manifest:
     columns = plain.pop("sentences")
     rows = zip(*(columns[f.name] for f in fields(SentenceRow)), strict=True)
     plain["sentences"] = tuple(SentenceRow(*row) for row in rows)
@@ -170,7 +181,8 @@ def read_vocabulary(folder: Path, manifest: Manifest) -> GeneVocabulary:
         raise IntegrityError(f"{path} is missing; convert again")
     if (got := file_sha256(path)) != manifest.vocabulary_sha256:
         raise IntegrityError(f"vocabulary {path.name} has sha256 {got}, expected {manifest.vocabulary_sha256}; convert again")
-    return parse_vocabulary(path)
+    ids = path.read_bytes().decode().removesuffix("\n").split("\n")  # as they were written: a blank id is a gene too
+    return GeneVocabulary.from_ids(ids)
 
 
 def parse_vocabulary(path: Path) -> GeneVocabulary:
@@ -218,7 +230,8 @@ def verify_shards(folder: Path) -> Manifest:
     for dataset in manifest.datasets:
         for name, sha256 in dataset.tables().items():
             check_table(folder / name, sha256)
-    extra = {path.name for path in folder.glob("*.arrow")} - {entry.name for entry in manifest.shards}
-    if extra:
+    known = {entry.name for entry in manifest.shards} | {name for dataset in manifest.datasets for name in dataset.tables()}
+    ours = ("*.arrow", "obs-*.parquet", "var-*.parquet")
+    if extra := {path.name for pattern in ours for path in folder.glob(pattern)} - known:
         raise IntegrityError(f"{folder} holds {min(extra)!r}, which its manifest does not know: run the conversion again to finish it")
     return manifest

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellplane.data.counts import canonical, check_structure
-from cellplane.data.files import atomic_file
+from cellplane.data.files import atomic_file, storage_errors
 from cellplane.errors import IntegrityError
 
 READ_BYTES = 24 * 1024**2  # of values and column indices read at once
@@ -36,7 +36,8 @@ class RawRows(NamedTuple):
         """These rows as canonical CSR; IntegrityError on column indices that do not exist."""
         shape = (len(self.indptr) - 1, n_columns)
         check_structure(self.indptr, self.indices, shape, place)
-        return canonical(sp.csr_matrix((self.data, self.indices, self.indptr), shape=shape, copy=True), place)
+        data = self.data.astype(np.float32) if self.data.dtype == np.float16 else self.data  # SciPy knows no halves
+        return canonical(sp.csr_matrix((data, self.indices, self.indptr), shape=shape, copy=True), place)
 
 
 class StoredMatrix(Protocol):
@@ -198,7 +199,8 @@ class _TurnedCsc:
         self._entry_bytes = _entry_bytes(arrays)
         done = self._folder / "done.json"
         if not done.is_file():
-            pieces = sum(1 for _ in self._turn(arrays))
+            with storage_errors(self._folder):
+                pieces = sum(1 for _ in self._turn(arrays))
             with atomic_file(done) as temporary:
                 temporary.write_text(json.dumps(pieces), encoding="utf-8")
         self._pieces = [

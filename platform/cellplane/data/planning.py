@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellplane.config import to_plain
-from cellplane.data.columns import Names, as_names
-from cellplane.data.config import ConvertConfig, DataKeys
+from cellplane.data.columns import Names, as_names, missing_column
+from cellplane.data.config import UNLABELLED, ConvertConfig, DataKeys
 from cellplane.data.counts import Candidate, choose
 from cellplane.data.files import storage_errors
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.gene_tables import installed_tables
+from cellplane.data.guard import check_source
 from cellplane.data.inputs import find_inputs, source_sha256
 from cellplane.data.manifest import FORMAT_VERSION, parse_vocabulary
 from cellplane.data.naming import best_naming, default_naming, gene_namings, lacking_genes
@@ -36,13 +37,14 @@ from cellplane.data.shards import choose_encoding
 from cellplane.data.tasks import RangeTask, ShardTask, SourceTask, TableTask, safe_name, stamp_of
 from cellplane.data.tasks import task_json as task_json
 from cellplane.data.work import cut_spans
-from cellplane.errors import CellplaneError, ConfigError, CountsNotFoundError, DataError, VocabularyError
+from cellplane.errors import CellplaneError, ColumnError, ConfigError, DataError, VocabularyError
 from cellplane.genes import GeneAlignment, GeneVocabulary, namespace_of
 
 SAMPLE_CELLS = 256  # read at the beginning, the middle and the end to see what a place holds; all are checked when written
 BYTES_PER_ENTRY, BYTES_PER_CELL = 3, 40
 RANGE_BYTES = 32 * 1024**2  # encoded cells of a run
 READ_TWICE = 1.5  # times the rows: a source that would be read more often than this takes the way through runs
+LEFT_OUT = ("obsm", "varm", "obsp", "varp")
 SHARD_NAME = re.compile(r".+-\d{5}-[0-9a-f]{12}\.arrow")
 TABLE_NAME = re.compile(r"(obs|var)-.+-[0-9a-f]{12}\.parquet")
 
@@ -65,6 +67,7 @@ class Source:
     labels: Names | None
     groups: Names | None  # what sentences do not cross: sample and field of view
     coordinates: NDArray[np.float32] | None
+    left_out: str  # what else the file has, and shards do not keep
 
     @property
     def cells(self) -> int:
@@ -104,11 +107,12 @@ def make_plan(
     Data sets of the names ``known`` come first, in that order; those of ``real`` hold values that are not whole.
     """
     sources = []
+    names_of_genes: dict[str, list[str]] = {}
     for name, path in ordered_inputs(config, known):
         progress(f"looking at {path}")
-        sources.append(inspect_source(path, name, config, staging))
-        if name in real:
-            sources[-1] = _as_real(sources[-1])
+        source = _named(path, lambda path=path, name=name: inspect_source(path, name, config, staging))  # type: ignore[misc]
+        source = replace(source, namings=_shared(source.namings, names_of_genes))
+        sources.append(_as_real(source) if name in real else source)
     vocabulary, n_known = _vocabulary(config, sources)
     alignments = tuple(_align(source, vocabulary, config.keys) for source in sources)
     names: tuple[list[str], list[str]] = ([], [])
@@ -127,6 +131,12 @@ def make_plan(
     return Plan(tuple(sources), vocabulary, alignments, tuple(names[0]), tuple(names[1]), tuple(tasks), tuple(ranges), tuple(tables))
 
 
+def _shared(namings: Mapping[str, list[str]], seen: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The same lists of genes, each kept once for all sources that have it: hundreds of files of one panel are the rule."""
+    digests = {key: hashlib.sha256("\n".join(names).encode()).hexdigest() for key, names in namings.items()}
+    return {key: seen.setdefault(digest, namings[key]) for key, digest in digests.items()}
+
+
 def ordered_inputs(config: ConvertConfig, known: Sequence[str] = ()) -> list[tuple[str, Path]]:
     """(name, path) of every input, ``known`` names first; ConfigError when two have one name or names do not fit."""
     paths = find_inputs(config.inputs)
@@ -139,11 +149,24 @@ def ordered_inputs(config: ConvertConfig, known: Sequence[str] = ()) -> list[tup
     return sorted(zip(names, paths, strict=True), key=lambda item: place.get(item[0], len(place)))
 
 
+def check_inputs(config: ConvertConfig) -> None:
+    """What can be told of the inputs in a moment, before a cluster is started for nothing: that they are there, with their columns."""
+    keys = config.keys
+    for _, path in ordered_inputs(config):
+        with CellReader(path) as reader:
+            asked = {"obs": (keys.batch_key, keys.labels_key, config.fov_key), "obsm": (keys.spatial_key,)}
+            for place, known in (("obs", reader.obs_columns), ("obsm", reader.obsm_keys)):
+                for key in asked[place]:
+                    if key is not None and key not in known:
+                        raise ColumnError(f"{path}: {missing_column(key, known, place)}")
+
+
 def inspect_source(path: Path, name: str, config: ConvertConfig, staging: Path) -> Source:
     """Everything about a file but its counts. Errors name the file (see `guard.check_source` and `counts.choose`)."""
     keys = config.keys
-    with CellReader(path, staging / "columns" / safe_name(name)) as reader:
-        stamp = stamp_of(path)
+    check_source(path)
+    stamp = stamp_of(path)
+    with CellReader(path, _scratch(staging, name, stamp)) as reader:
         if reader.n_cells == 0:
             raise DataError(f"{path} has no cells; there is nothing to convert")
         place, recovered, sample = _look(reader, config)
@@ -162,10 +185,31 @@ def inspect_source(path: Path, name: str, config: ConvertConfig, staging: Path) 
             namings=gene_namings(reader.var(place)),
             entries=np.full(reader.n_cells, sample.nnz / sample.shape[0]) if lengths is None else lengths.astype(np.float64),
             batch=batch,
-            labels=None if keys.labels_key is None else as_names(reader.obs(keys.labels_key)),
+            labels=None if keys.labels_key is None else labelled(as_names(reader.obs(keys.labels_key))),
             groups=_crossed(batch, fov),
             coordinates=None if keys.spatial_key is None else reader.coordinates(keys.spatial_key),
+            left_out=_left_out(reader, place, keys.spatial_key),
         )
+
+
+def _left_out(reader: CellReader, place: str, spatial_key: str | None) -> str:
+    """Names of what an AnnData has beside the counts at ``place``, their tables and the coordinates."""
+    parts = {part: [name for name in reader.entries(part) if (part, name) != ("obsm", spatial_key)] for part in LEFT_OUT}
+    places = [other for other in reader.places if other != place]
+    named = [f"{part}[{name!r}]" for part, names in parts.items() for name in names]
+    return ", ".join([*places, *named, *(["uns"] if reader.entries("uns") else [])])
+
+
+def _scratch(staging: Path, name: str, stamp: tuple[int, int]) -> Path:
+    """Where a column-wise matrix is turned: another place for a file that was replaced since a run that was killed."""
+    return staging / "columns" / f"{safe_name(name)}-{stamp[0]}-{stamp[1]}"
+
+
+def labelled(names: Names) -> Names:
+    """The labels without the texts that mean none, as everywhere else: "nan" is never a class."""
+    kept = tuple(name for name in names.names if name not in UNLABELLED)
+    place = {name: position for position, name in enumerate(kept)}
+    return Names(kept, np.array([*(place.get(name, -1) for name in names.names), -1], dtype=np.int32)[names.codes])
 
 
 def _complete(names: Names, key: str) -> Names:
@@ -206,12 +250,7 @@ def _look(reader: CellReader, config: ConvertConfig) -> tuple[str, bool, sp.csr_
         for place in count_candidates(keys, reader.places)
     ]
     known = None if totals is None else np.concatenate([totals[start:stop] for start, stop in parts])
-    try:
-        choice = choose(candidates, keys.recover_counts, known)
-    except CountsNotFoundError as error:
-        raise CountsNotFoundError(f"{reader.path}: {error}") from None
-    except DataError as error:
-        raise type(error)(f"{reader.path}: {error}") from None
+    choice = choose(candidates, keys.recover_counts, known, tuple(reader.places))
     return choice.place, choice.recovered, choice.matrix
 
 
@@ -223,26 +262,35 @@ def _vocabulary(config: ConvertConfig, sources: Sequence[Source]) -> tuple[GeneV
     genes: dict[str, None] = {}
     known, schemes = [], {}
     for source in sources:
-        ids = _named(source, lambda source=source: default_naming(source.namings, config.keys.repeated_genes))  # type: ignore[misc]
+        ids = _named(source.path, lambda source=source: default_naming(source.namings, config.keys.repeated_genes))  # type: ignore[misc]
         schemes[source.name] = namespace_of(ids)
         genes |= dict.fromkeys(lacking_genes(ids, tuple(genes)))
         known.append(len(genes))
-    if len({scheme == "symbol" for scheme in schemes.values()}) > 1 and not installed_tables():
-        raise VocabularyError(f"the inputs name their genes differently ({schemes}); install an id table, or give a vocabulary")
+    refuse_mixed_names(schemes)
     return GeneVocabulary.from_ids(genes), known
+
+
+def refuse_mixed_names(schemes: Mapping[str, str]) -> None:
+    """VocabularyError when data sets name their genes in different schemes (by data set) and no id table joins them."""
+    if len({scheme == "symbol" for scheme in schemes.values()}) > 1 and not installed_tables():
+        told = ", ".join(f"{name}: {scheme}" for name, scheme in schemes.items())
+        raise VocabularyError(f"the inputs name their genes differently ({told}); install an id table, or give a vocabulary")
 
 
 def _align(source: Source, vocabulary: GeneVocabulary, keys: DataKeys) -> GeneAlignment:
     rules = GeneRules(keys.repeated_genes, keys.ignore_gene_case)
-    alignment: GeneAlignment = _named(source, lambda: best_naming(source.namings, vocabulary, rules)[1])
+    alignment: GeneAlignment = _named(source.path, lambda: best_naming(source.namings, vocabulary, rules)[1])
     return alignment
 
 
-def _named(source: Source, work: Callable[[], Any]) -> Any:
+def _named(path: Path, work: Callable[[], Any]) -> Any:
+    """The result; of hundreds of files the one that is wrong is named."""
     try:
         return work()
     except CellplaneError as error:
-        raise type(error)(f"{source.path}: {error}") from None
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _deal(config: ConvertConfig, source: Source, names: tuple[list[str], list[str]]) -> dict[str, NDArray[Any]]:
@@ -300,7 +348,7 @@ def _source_task(config: ConvertConfig, source: Source, folders: tuple[Path, Pat
         place=source.place,
         recovered=source.recovered,
         arrays=str(folders[1]),
-        scratch=str(folders[0] / "columns" / safe_name(source.name)),
+        scratch=str(_scratch(folders[0], source.name, source.stamp)),
         n_genes=n_genes,
         encoding=source.encoding,
         counts=config.values == "counts",
@@ -314,7 +362,7 @@ def _takes_runs(source: Source, dealt: dict[str, NDArray[Any]], config: ConvertC
     read = 0
     for first, end in _spans(source, dealt, config.shard_bytes):
         edges = dealt["edges"][first : end + 1]
-        for span in cut_spans(np.diff(edges), edges, dealt):
+        for span in cut_spans(edges, dealt):
             rows = dealt["rows"][edges[span[0]] : edges[span[-1] + 1]]
             read += int(rows.max() - rows.min()) + 1
     small = float(source.stored.sum()) <= RANGE_BYTES
@@ -336,7 +384,7 @@ def _spans(source: Source, dealt: dict[str, NDArray[Any]], shard_bytes: int) -> 
 
 def _range_tasks(source: Source, work: SourceTask, staging: Path, digests: dict[str, str]) -> tuple[RangeTask, ...]:
     """The source's rows in ranges of some tens of MB, one row at least."""
-    facts = [source.sha256, work.place, work.encoding, work.n_genes, work.counts, digests["place"], digests["positions"]]
+    facts = [source.name, source.sha256, work.place, work.encoding, work.n_genes, work.counts, digests["place"], digests["positions"]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     filled = np.cumsum(source.stored)
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(filled // RANGE_BYTES) > 0) + 1, [source.cells]])

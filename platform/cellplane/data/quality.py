@@ -64,7 +64,7 @@ def scan(reader: CellReader, place: str, recovered: bool, progress: Callable[[in
                 found.wrong = f"the counts of cells {low} to {high} in {place} do not come back exactly"
                 return found
             matrix, found.deviation = again.matrix, max(found.deviation, again.deviation)
-        elif finding := describe(matrix, f"{place}, cells from {low}"):
+        elif finding := describe(matrix, place, low):
             found.wrong = f"{place} begins like counts, but cells {low} to {high} hold {finding}"
             return found
         found.totals[low:high] = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()

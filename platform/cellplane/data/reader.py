@@ -23,7 +23,7 @@ from cellplane.data.columns import TOTAL_COLUMNS, known_totals, missing_column, 
 from cellplane.data.config import DataKeys
 from cellplane.data.guard import check_source, is_zarr, quiet, readable
 from cellplane.data.matrices import RawRows, StoredMatrix, open_matrix
-from cellplane.errors import ColumnError
+from cellplane.errors import ColumnError, IntegrityError
 
 CHUNK_CACHE_BYTES = 16 * 1024**2  # HDF5's cache of decompressed chunks
 
@@ -88,8 +88,9 @@ class CellReader:
         """Number of cells."""
         if self._adata is not None:
             return int(self._adata.n_obs)
-        obs = self._file["obs"]
-        return int(obs[obs.attrs.get("_index", "_index")].shape[0])
+        with readable(self.path):
+            obs = self._file["obs"]
+            return int(obs[obs.attrs.get("_index", "_index")].shape[0])
 
     @property
     def obs_columns(self) -> list[str]:
@@ -97,14 +98,15 @@ class CellReader:
         if self._adata is not None:
             return [str(name) for name in self._adata.obs.columns]
         obs = self._file["obs"]
-        ordered = [str(name) for name in obs.attrs.get("column-order", [])]
-        return ordered + [name for name in obs if name not in ordered and not name.startswith("_") and name != obs.attrs.get("_index")]
+        if "column-order" in obs.attrs:  # the columns, as anndata sees it: what else lies there may be a part of "a/b"
+            return [str(name) for name in obs.attrs["column-order"]]
+        return [name for name in obs if not name.startswith("_") and name != obs.attrs.get("_index")]
 
     def obs(self, key: str) -> pd.Series:
         """One obs column; ColumnError names the nearest."""
         if key not in (known := self.obs_columns):
             raise ColumnError(f"{self.path}: {missing_column(key, known)}")
-        return pd.Series(self._adata.obs[key] if self._adata is not None else self._element(f"obs/{key}"))
+        return pd.Series(self._adata.obs[key] if self._adata is not None else self._of_cells(f"obs/{key}"))
 
     def obs_rows(self, start: int, stop: int) -> pd.DataFrame:
         """All obs columns of these cells, as anndata would read them."""
@@ -140,7 +142,11 @@ class CellReader:
     @property
     def obsm_keys(self) -> list[str]:
         """Names of the obsm entries."""
-        return [str(name) for name in (self._adata.obsm if self._adata is not None else self._file.get("obsm", {}))]
+        return self.entries("obsm")
+
+    def entries(self, part: str) -> list[str]:
+        """Names of what lies in obsm, varm, obsp, varp or uns."""
+        return [str(name) for name in (getattr(self._adata, part) if self._adata is not None else self._file.get(part, {}))]
 
     def totals(self) -> NDArray[np.float64] | None:
         """See `columns.known_totals`."""
@@ -149,16 +155,26 @@ class CellReader:
 
     def coordinates(self, key: str) -> NDArray[np.float32]:
         """The obsm entry as coordinates (see `columns.positions`)."""
-        known = list(self._adata.obsm if self._adata is not None else self._file.get("obsm", {}))
-        if key not in known:
+        if key not in (known := self.obsm_keys):
             raise ColumnError(f"{self.path}: {missing_column(key, known, 'obsm')}")
-        return positions(self._adata.obsm[key] if self._adata is not None else self._element(f"obsm/{key}"), key)
+        return positions(self._adata.obsm[key] if self._adata is not None else self._of_cells(f"obsm/{key}"), key)
 
     def var(self, place: str) -> pd.DataFrame:
         """The gene table that belongs to this place."""
         if self._adata is not None:
             return pd.DataFrame(self._adata.raw.var if place == "raw.X" else self._adata.var)
-        return pd.DataFrame(self._element("raw/var" if place == "raw.X" else "var"))
+        var, columns = pd.DataFrame(self._element("raw/var" if place == "raw.X" else "var")), self.matrix(place).shape[1]
+        if len(var) != columns:
+            raise IntegrityError(f"{self.path}: {len(var)} genes are named for the {columns} columns of {place}; write the file again")
+        return var
+
+    def _of_cells(self, name: str) -> Any:
+        found = self._element(name)
+        if len(found) != self.n_cells:
+            raise IntegrityError(
+                f"{self.path}: {name} has {len(found)} values for {self.n_cells} cells; write the file again from its source"
+            )
+        return found
 
     def _element(self, name: str) -> Any:
         with readable(self.path), quiet():

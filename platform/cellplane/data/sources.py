@@ -134,7 +134,7 @@ def find_counts(adata: AnnData, keys: DataKeys) -> CountSource:
         (place, lambda place=place: canonical(_in_memory(places[place]), place) if place in places else None)  # type: ignore[misc]
         for place in count_candidates(keys, places)
     ]
-    choice = choose(candidates, keys.recover_counts, known_totals(adata.obs))
+    choice = choose(candidates, keys.recover_counts, known_totals(adata.obs), tuple(places))
     var = adata.raw.var if choice.place == "raw.X" else adata.var
     namings = gene_namings(var)
     ids = default_naming(namings, keys.repeated_genes)
@@ -181,6 +181,7 @@ def cell_table(
         batch=None if keys.batch_key is None else complete(column(adata, keys.batch_key), keys.batch_key),
         coordinates=coordinates,
         labels=labels,
+        empty=np.diff(source.matrix.indptr) == 0,
     )
     return table, {**count_report(source), "gene_naming": naming, "gene_table": alignment.table, **alignment.report()}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cellplane.data.gene_mapping import GeneRules, count_shares, gene_namings, s
 from cellplane.data.gene_tables import installed_tables
 from cellplane.data.manifest import parse_vocabulary
 from cellplane.data.naming import best_naming, default_naming
+from cellplane.data.planning import labelled, ordered_inputs, refuse_mixed_names
 from cellplane.data.quality import Scan, few_genes, high_totals, quantiles, repeated_cells, sample, scan, spacing
 from cellplane.data.reader import CellReader, count_candidates
 from cellplane.errors import ColumnError, DataError
@@ -77,6 +79,44 @@ class Validation:
             into.append(str(error).removeprefix(f"{self.path}: "))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in every input, by itself, and the ``errors`` that only show when they are taken together."""
+
+    files: tuple[Validation, ...]
+    errors: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a conversion would succeed."""
+        return not self.errors and all(found.ok for found in self.files)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-ready: of a single file as that file's, else with the ``files`` as a list."""
+        if len(self.files) == 1:
+            return self.files[0].plain()
+        return {"ok": self.ok, "errors": list(self.errors), "files": [found.plain() for found in self.files]}
+
+
+def validate_inputs(config: ConvertConfig, progress: Callable[[str, int, int], None] | None = None) -> Verdict:
+    """`validate` of every input of a conversion, and whether they go together.
+
+    ``progress`` hears (file, its cells read, all its cells). Raises ConfigError for names that do not fit the inputs,
+    DataError for a folder, glob or URL that means nothing.
+    """
+    files = []
+    for name, path in ordered_inputs(config):
+        own = config.model_copy(update={"inputs": (str(path),), "datasets": (name,)})
+        files.append(validate(own, None if progress is None else partial(progress, path.name)))
+    errors: list[str] = []
+    if config.vocabulary is None:
+        try:
+            refuse_mixed_names({found.path: found.genes["namespace"] for found in files if "namespace" in found.genes})
+        except DataError as error:
+            errors.append(str(error))
+    return Verdict(tuple(files), tuple(errors))
+
+
 def validate(config: ConvertConfig, progress: Callable[[int, int], None] | None = None) -> Validation:
     """Look at the first input of a conversion as the conversion would; nothing is written, and no bad data raise.
 
@@ -126,7 +166,7 @@ def _look_at_counts(found: Validation, reader: CellReader, config: ConvertConfig
             return
         load = {place: (lambda place=place: sample(reader, place)) for place in reader.places}
         candidates = [(place, load.get(place, lambda: None)) for place in count_candidates(keys, reader.places)]
-        choice = choose(candidates, keys.recover_counts, None)
+        choice = choose(candidates, keys.recover_counts, None, tuple(reader.places))
         result = scan(reader, choice.place, choice.recovered, progress)
         found.counts = {"place": choice.place, "recovered": choice.recovered, "largest_deviation": result.deviation}
         if result.wrong is not None:
@@ -234,7 +274,7 @@ def _column(found: Validation, reader: CellReader, role: str, key: str | None, u
     if name not in known:
         found.errors.append(missing_column(name, known))
         return None
-    column = as_names(reader.obs(name))
+    column = labelled(as_names(reader.obs(name))) if role == "labels" else as_names(reader.obs(name))
     sizes = np.bincount(column.codes[column.codes >= 0], minlength=len(column.names))
     missing = int((column.codes < 0).sum())
     largest = np.argsort(-sizes, kind="stable")[:SHOWN_GROUPS]

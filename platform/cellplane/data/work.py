@@ -93,7 +93,7 @@ def _arrays(source: SourceTask) -> dict[str, NDArray[Any]]:
 def _write_range(task: RangeTask) -> dict[str, Any]:
     path = Path(task.staging) / task.name
     done = {"kind": "range", "cells": task.stop - task.start}
-    if path.is_file():  # written whole or not at all
+    if _is_run(path):
         return done
     fault("before_range")
     task.source.check_unchanged()
@@ -105,6 +105,15 @@ def _write_range(task: RangeTask) -> dict[str, Any]:
     write_run(path, cells, np.asarray(arrays["place"][task.start : task.stop]))
     fault("after_range")
     return done
+
+
+def _is_run(path: Path) -> bool:
+    """Whether an earlier try left this run; it is written whole or not at all, but a disk may have cut it since."""
+    try:
+        Run(path)
+    except (OSError, ValueError, KeyError, IntegrityError):
+        return False
+    return True
 
 
 def _encoded(

@@ -18,7 +18,7 @@ from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, column
 from cellplane.errors import ConfigError
-from cellplane.inference import Predictor, query_keys, read_cells, record
+from cellplane.inference import Predictor, query_keys, read_cells, record, write_flags
 from cellplane.pipelines.base import as_config, open_model
 
 
@@ -46,12 +46,14 @@ class CellEmbeddingPipeline:
     def predict(self, data: AnnData, *, key_added: str | None = None) -> NDArray[np.float32]:
         """Embedding z of every cell, [n, Z] float32, in the order of ``data``; genes the model does not know are left out.
 
-        With ``key_added`` also written to obsm["X_<key>"] and uns["cellplm"].
+        With ``key_added`` also written to obsm["X_<key>"] and uns["cellplm"]; obs["<key>_flag"] names cells without counts
+        that the model knows, whose embedding is that of their context.
         """
         folder = self.predictor.folder
         read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells)
         latent = self.predictor.embed(read.store)
         if key_added is not None:
+            write_flags(data, read.store.table, key_added)
             data.obsm[f"X_{key_added}"] = latent
             data.uns["cellplm"] = record(folder, read.report)
         return latent
