@@ -5,6 +5,7 @@
     vocabulary.json       gene ids in order
     weights.safetensors   every tensor of the network, loaded strictly
     README.md             the model card
+    ...                   what a task keeps beside (an imputation its reference cells), listed in the manifest like all else
 
 No format detects a flipped bit by itself, so nothing is used before its sha256 was checked.
 """
@@ -17,7 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +38,7 @@ from cellplane.model.config import ModelConfig, identifying
 FORMAT_VERSION = 1
 READ_SUFFIXES = (".safetensors", ".json")
 MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "vocabulary.json", "weights.safetensors", "README.md"
-TASKS = ("pretrain", "annotate")
+TASKS = ("pretrain", "annotate", "denoise", "impute", "perturb")
 HOW_IT_IS_COMPUTED = ("recompute", "precision")
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 
@@ -45,8 +47,8 @@ CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 class ModelFolder:
     """A model in memory, as saved: network configuration, weights by name, vocabulary, classes, where it came from.
 
-    ``task`` is pretrain or annotate; ``max_cells`` the largest sentence it is used with; ``lineage`` names its data,
-    its base model and its run; ``card`` is Markdown.
+    ``task`` is one of TASKS; ``max_cells`` the largest sentence it is used with; ``lineage`` names its data, its base
+    model and its run; ``card`` is Markdown. ``attachments`` are files of the task's own, by name.
     """
 
     config: ModelConfig
@@ -58,6 +60,7 @@ class ModelFolder:
     lineage: Mapping[str, str] = field(default_factory=dict)
     card: str = ""
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def model_sha256(self) -> str:
@@ -76,6 +79,9 @@ def save_model(model: ModelFolder, path: Path) -> Path:
         WEIGHTS: save_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in model.weights.items()}),
         CARD: model.card.encode(),
     }
+    if taken := sorted({*files, MANIFEST} & model.attachments.keys()):
+        raise DataError(f"an attachment may not be called {taken[0]}: the model folder has a file of that name; rename it")
+    files |= model.attachments
     manifest = {
         "format_version": FORMAT_VERSION,
         "kind": "cellplane-model",
@@ -90,6 +96,20 @@ def save_model(model: ModelFolder, path: Path) -> Path:
     return path
 
 
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as an attachment: readable without pickle."""
+    data: bytes = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return data
+
+
+def unpack_tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of such an attachment; FileFormatError for anything else."""
+    try:
+        return dict(load_safetensors(data))
+    except SafetensorError as error:
+        raise FileFormatError(f"not a readable attachment of tensors: {error}") from error
+
+
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """A manifest as it is written: with the sha256 of all the rest of it, so that no bit of it flips unseen either."""
     return _json({**manifest, "manifest_sha256": hashlib.sha256(_json(manifest)).hexdigest()})
@@ -101,18 +121,29 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     Raises StorageError, with nothing left behind, when the disk is full or not writable, and when something else than
     such a folder has that name: what is not ours is never removed.
     """
+    with staged_folder(path, files, _kind(files.get(MANIFEST, b""))) as staging:
+        for name, data in files.items():
+            with open(staging / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def staged_folder(path: Path, names: Collection[str], kind: object) -> Iterator[Path]:
+    """A folder to write the files ``names`` into, which takes the name ``path`` in one move when the block ends well.
+
+    An older folder of that name goes when it holds nothing else or its manifest is of this ``kind``; StorageError as of
+    `write_folder` otherwise, and for whatever the disk refuses inside the block.
+    """
     path = Path(path).resolve()
     try:
-        if path.exists() and not _is_ours(path, files):
+        if path.exists() and not _is_ours(path, names, kind):
             raise StorageError(f"{path} holds something else, which is not replaced; choose another name or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            for name, data in files.items():
-                with open(staging / name, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+            yield staging
             staging.chmod(0o755)
             _put(staging, path)
         finally:
@@ -125,13 +156,13 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; {free:,} bytes are free there") from error
 
 
-def _is_ours(path: Path, files: Mapping[str, bytes]) -> bool:
+def _is_ours(path: Path, names: Collection[str], kind: object) -> bool:
     """Whether a folder may be replaced by these files: it holds nothing that they do not, or its manifest is of their kind."""
     if not path.is_dir():
         return False
-    if {file.name for file in path.iterdir()} <= files.keys():
+    if {file.name for file in path.iterdir()} <= set(names):
         return True
-    return (path / MANIFEST).is_file() and _kind((path / MANIFEST).read_bytes()) == _kind(files[MANIFEST]) is not None
+    return (path / MANIFEST).is_file() and _kind((path / MANIFEST).read_bytes()) == kind is not None
 
 
 def _kind(manifest: bytes) -> object:
@@ -171,7 +202,11 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise FileFormatError(f"{path} is not a {kind} folder: it has no {MANIFEST}")
-    data = file.read_bytes()
+    return parse_manifest(file.read_bytes(), kind, str(file))
+
+
+def parse_manifest(data: bytes, kind: str, file: str) -> dict[str, Any]:
+    """`read_manifest` of bytes that came from ``file``, wherever that is."""
     try:
         manifest = json.loads(data)
         found, version = manifest["kind"], manifest["format_version"]
@@ -251,6 +286,7 @@ def load_model(path: Path) -> ModelFolder:
             lineage=manifest["lineage"],
             card=contents.get(CARD, b"").decode(),
             manifest=manifest,
+            attachments={name: data for name, data in contents.items() if name not in (*CONTENT, CARD)},
         )
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FileFormatError(f"{path}: not a readable model: {' '.join(str(error).split())}") from error
