@@ -30,6 +30,7 @@ BESIDE = {("artifact", "cellplane.model.config")}  # the one thing known across 
 SOURCES, PLOTS, TRACKING, SERVE, CLI = "data/sources.py", "pipelines/plots.py", "tracking/", "serve/", "cli/"
 GUARD, READER, EXPORT = "data/guard.py", "data/reader.py", "data/export.py"
 CONVERT, BATCH, LAUNCH, CLUSTER = "data/convert.py", "batch.py", "train/launch.py", "cluster.py"
+TUNE = "train/tune.py"
 LOADERS, MEASURED = "benchmark/data_peers.py", "benchmark/data_ray.py"
 DOORS: dict[str, tuple[str, ...]] = {
     "anndata": (SOURCES, READER, EXPORT, "data/writing.py", LOADERS),
@@ -38,6 +39,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "fsspec": ("data/inputs.py", "train/remote.py"),
     "ray.data": (CONVERT, BATCH),
     "ray.train": (LAUNCH, MEASURED),
+    "ray.tune": (TUNE,),
     "ray.serve": (SERVE,),
     "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER),
     "ray": (CLUSTER,),
@@ -65,7 +67,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "threadpoolctl": ("pipelines/",),
     "triton": ("model/triton_kernels.py",),
 }
-MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, SERVE, MEASURED)  # plain `import ray`, to ask whether a cluster is there
+MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, TUNE, SERVE, MEASURED)  # plain `import ray`, to ask whether a cluster is there
 EVERYWHERE = {"numpy", "scipy", "pandas", "pyarrow", "pydantic", "torch"}
 MODEL_ROOM = {"torch", "numpy", "triton"}  # the model runs where there is nothing else, and without triton (a door of its own)
 OURS = {"cellplane", "jobs"}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from cellplane.config import configs_root, load_config
 from cellplane.errors import ConfigError
 from cellplane.model.config import ModelConfig
-from cellplane.train.config import ModelFile, OptimizerConfig, PretrainConfig, WorkersConfig
+from cellplane.train.config import EngineConfig, ModelFile, OptimizerConfig, PretrainConfig, WorkersConfig
 
 
 def test_the_rate_rises_evenly_to_its_peak_during_warm_up():
@@ -67,3 +67,26 @@ def test_a_run_takes_a_shipped_model_by_name(path):
 def test_an_unknown_key_of_a_run_names_the_nearest():
     with pytest.raises(ConfigError, match=r"optimizer\.stpes.*did you mean 'steps'"):
         load_config(PretrainConfig, "demo", "pretrain", ["optimizer.stpes=7"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine.name": "torch", "engine.offload": "optimizer"}, "engine torch knows no offload optimizer; take engine.name deepspeed"),
+        ({"engine.name": "torch", "engine.bf16": "true"}, r"engine torch knows no bf16 .*set model\.precision"),
+        ({"engine.offload": "parameters", "engine.zero_stage": "2"}, "offload parameters needs zero_stage 3, found 2"),
+        ({"engine.offload": "optimizer", "engine.zero_stage": "0"}, "offload optimizer needs zero_stage 1, 2 or 3"),
+        ({"engine.bf16": "true", "engine.zero_stage": "0"}, "bf16 needs zero_stage 1, 2 or 3"),
+        ({"engine.name": "torch", "checkpoint.format": "sharded"}, "sharded are DeepSpeed's own files: take engine.name deepspeed"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused_before_anything_begins(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(PretrainConfig, "demo", "pretrain", [f"{key}={value}" for key, value in settings.items()])
+
+
+def test_what_a_stage_can_offload_it_may():
+    for stage in (1, 2, 3):
+        assert EngineConfig(zero_stage=stage, offload="optimizer", bf16=True).offload == "optimizer"
+    assert EngineConfig(zero_stage=3, offload="parameters").offload == "parameters"
+    assert EngineConfig(name="torch", zero_stage=2).name == "torch"  # the stage is DeepSpeed's alone and means nothing here

@@ -17,12 +17,15 @@ from cellplane.cells import CellBatch, single_panel_batch
 from cellplane.config import to_plain
 from cellplane.data.sentences import MicroBatch, PlanConfig, StepPlan
 from cellplane.data.shards import read_manifest
-from cellplane.errors import DataError, TrainingError
+from cellplane.errors import ConfigError, DataError, TrainingError
 from cellplane.model.config import identifying
-from cellplane.train.engine import StepResult
-from cellplane.train.launch import DETERMINING, run_identity
-from cellplane.train.loop import train
+from cellplane.tracking.journal import Journal, JournalRow
+from cellplane.train.checkpoint import Checkpoints, TrainingState
+from cellplane.train.config import CheckpointConfig
+from cellplane.train.identity import DETERMINING, run_identity
+from cellplane.train.loop import Keeping, Looking, train
 from cellplane.train.objective import Work
+from cellplane.train.step import StepResult
 
 PLAN = StepPlan(np.full(6, 10), PlanConfig(cells_per_micro_batch=20, micro_batches_per_step=1))
 
@@ -52,8 +55,8 @@ class Recorded:
         self.seen.append((step, works[0].key, total))
         return StepResult(1.0, {}, 1.0, 0.1)
 
-    def state(self, step: int, identity: str) -> None:
-        raise AssertionError
+    def state(self, step: int, identity: str) -> TrainingState:
+        return TrainingState(step, {"w": torch.full((2,), float(step))}, {}, identity)
 
 
 def threads() -> list[threading.Thread]:
@@ -111,3 +114,77 @@ def test_weights_of_sentences_change_a_run_and_their_absence_leaves_an_earlier_o
     assert run_identity(config) == sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
     weighted = run_config("w", {"plan": {"weights": {"column": "batch", "values": {"cells/B1": 3}}}})
     assert run_identity(weighted) != run_identity(config)
+
+
+# What is written beside the steps
+
+
+class Metered:
+    """Says what it was asked."""
+
+    def metrics(self, cells: int, seconds: float) -> dict[str, float]:
+        assert seconds > 0
+        return {"train/cells_per_s": 7.0, "train/cells": float(cells)}
+
+
+def kept(tmp_path: Path, looking: Looking | None = None, every_steps: int = 4) -> Keeping:
+    config = CheckpointConfig(every_steps=every_steps)
+    journal = Journal(tmp_path / "journal.jsonl")
+    return Keeping(Checkpoints(tmp_path / "checkpoints", keep=9), config, "id", journal, looking, Metered())
+
+
+def rows(keeping: Keeping) -> list[JournalRow]:
+    assert keeping.journal is not None
+    return keeping.journal.rows()
+
+
+def test_a_look_stands_in_the_row_of_its_step_every_so_often_and_at_the_last(tmp_path):
+    looked: list[int] = []
+
+    def look(done: int) -> dict[str, float]:
+        looked.append(done)
+        assert not rows(keeping) or rows(keeping)[-1].step == done - 1  # before the row is written, and before the checkpoint
+        assert (tmp_path / "checkpoints" / f"step-{done:08d}").exists() is False
+        return {"val/loss": 10.0 - done, "val/nb": 1.0}
+
+    keeping = kept(tmp_path, Looking(3, look))
+    both = Recorded()
+    train(both, both, PLAN, range(8), keeping)
+    assert looked == [3, 6, 8]
+    assert [(row.step, row.metrics["val/loss"]) for row in rows(keeping) if "val/loss" in row.metrics] == [(3, 7.0), (6, 4.0), (8, 2.0)]
+    assert len(rows(keeping)) == 8
+
+
+def test_the_best_checkpoint_is_the_one_whose_step_was_looked_at_with_the_lowest_loss(tmp_path):
+    losses = {4: 3.0, 8: 1.0, 10: 2.0}
+    keeping = kept(tmp_path, Looking(4, lambda done: {"val/loss": losses[done]}), every_steps=2)
+    both = Recorded()
+    train(both, both, PLAN, range(10), keeping)
+    best, newest = keeping.checkpoints.best_valid("id"), keeping.checkpoints.newest_valid("id")
+    assert best is not None
+    assert newest is not None
+    assert (best.step, newest.step) == (8, 10)
+
+
+def test_every_rank_looks_though_one_alone_writes(tmp_path):
+    looked: list[int] = []
+    looking = Looking(2, lambda done: {"val/loss": float(looked.append(done) or 0)})
+    both = Recorded()
+    train(both, both, PLAN, range(4), Keeping(Checkpoints(tmp_path), CheckpointConfig(every_steps=100), "id", None, looking))
+    assert looked == [2, 4]
+
+
+def test_the_meter_hears_of_all_planned_cells_and_has_the_word_about_speed(tmp_path):
+    keeping = kept(tmp_path)
+    both = Recorded()
+    train(both, both, PLAN, range(3), keeping)
+    assert [row.metrics["train/cells"] for row in rows(keeping)] == [20.0] * 3
+    assert {row.metrics["train/cells_per_s"] for row in rows(keeping)} == {7.0}
+    assert {"train/loss", "train/grad_norm", "train/lr", "train/nan_skips", "train/data_wait_s"} <= rows(keeping)[0].metrics.keys()
+
+
+def test_an_engine_that_cannot_shard_is_not_asked_to(tmp_path):
+    keeping = Keeping(Checkpoints(tmp_path), CheckpointConfig(every_steps=1, format="sharded"), "id")
+    both = Recorded()
+    with pytest.raises(ConfigError, match=r"take engine\.name deepspeed, or format consolidated"):
+        train(both, both, PLAN, range(2), keeping)

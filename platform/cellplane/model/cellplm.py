@@ -18,13 +18,13 @@ from cellplane.model.config import ModelConfig
 from cellplane.model.decoder import DECODERS
 from cellplane.model.embedder import Embedder
 from cellplane.model.encoder import Encoder
-from cellplane.model.fused import spared
 from cellplane.model.heads import AnnotationHead
 from cellplane.model.latent import LATENTS
 from cellplane.model.linear import in_precision
-from cellplane.model.losses import SentenceLoss, annotation_loss, pretraining_loss
+from cellplane.model.losses import SentenceLoss, annotation_loss, imputation_loss, pretraining_loss
 from cellplane.model.masking import Mask
 from cellplane.model.noise import Noise
+from cellplane.model.perturbation import PairedBatch, perturbation_loss
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,27 @@ class CellPLM(nn.Module):
     def forward(self, batch: CellBatch, mask: Mask | None = None, noise: Noise | None = None) -> CellPLMOutput:
         """Embeds the cells; with a mask and a decoder also scores how well hidden counts are recovered.
 
-        With a head and labels the loss is annotation's. Deterministic without ``noise``.
+        With a head and labels the loss is annotation's, with a residual decoder and a PairedBatch perturbation's.
+        Deterministic without ``noise``.
         """
         with in_precision(self.config.precision, batch.value.device):
             return self._answer(batch, mask, noise)
 
     def _answer(self, batch: CellBatch, mask: Mask | None, noise: Noise | None) -> CellPLMOutput:
         hidden_CD = self.encoder(self.embedder(batch, mask, noise), batch, noise)
-        latent = spared(self.latent, hidden_CD, noise)
+        latent = self.latent(hidden_CD, noise)
         if self.head is not None:
             logits = self.head(latent.z_CZ, noise)
             return CellPLMOutput(latent.z_CZ, logits, annotation_loss(batch, logits) if batch.labels is not None else None)
-        if mask is None or self.decoder is None:
+        if isinstance(batch, PairedBatch) and self.decoder is not None:
+            shift_CG, theta_G = self.decoder(latent.z_CZ, batch, noise)
+            return CellPLMOutput(latent.z_CZ, None, perturbation_loss(batch, shift_CG, theta_G, self.config))
+        if mask is None or self.decoder is None or self.config.decoder == "residual":
             return CellPLMOutput(latent.z_CZ)
         likelihoods = self.decoder(latent.z_CZ, batch, noise, mask)
         step = 0 if noise is None else noise.step
-        return CellPLMOutput(latent.z_CZ, None, pretraining_loss(batch, mask, latent, likelihoods, self.config, step))
+        loss_of = imputation_loss if self.config.platform_tokens else pretraining_loss
+        return CellPLMOutput(latent.z_CZ, None, loss_of(batch, mask, latent, likelihoods, self.config, step))
 
     def n_parameters(self) -> int:
         """Trainable parameters."""

@@ -47,8 +47,8 @@ class ModelConfig:
     """M, mixture components of gmvae."""
     cluster_width: int = 512
     """Hidden width of gmvae's q(z | x, y)."""
-    decoder: Literal["negative_binomial", "gaussian", "none"] = "negative_binomial"
-    """What recovers the counts, or (gaussian) their logarithm per 10,000; none for models that only annotate."""
+    decoder: Literal["negative_binomial", "gaussian", "residual", "none"] = "negative_binomial"
+    """What recovers the counts, or (gaussian) their logarithm per 10,000; residual: what a perturbation changes; none: only annotates."""
     decoder_width: int = 1024
     """Width of the decoder."""
     decoder_bottleneck: int = 128
@@ -59,6 +59,16 @@ class ModelConfig:
     """Rows of the decoder's dataset table."""
     n_platforms: int = 0
     """Rows of the decoder's table of measuring platforms."""
+    platform_tokens: int = 0
+    """Measuring platforms whose cells share a sentence: a learned vector and an output bias per gene for each; 0 = none."""
+    query_weight: float = 1.0
+    """With platform_tokens: what the cells of platform 0 (the query of an imputation) weigh in the loss, the others weigh 1."""
+    input_total: float = 0.0
+    """Each cell's visible counts are scaled to this total before log1p; 0 = raw counts, as released."""
+    n_stimuli: int = 0
+    """Stimuli that are no gene of the vocabulary (residual decoder): a free learned vector each, which cannot generalise."""
+    change_weight: float = 1.0
+    """Weight of the squared error of the population's change beside the cells' likelihood (residual decoder)."""
     unseen_batch: Literal["mean", "sum"] = "mean"
     """What stands in for an unknown batch: the mean of the table's rows, or their sum as in the released code."""
     dropout: float = 0.2
@@ -93,10 +103,15 @@ class ModelConfig:
         _at_least(self, 1, ("local_neighbours",))
         _at_least(self, 0, ("n_genes", "n_blocks", "n_batches", "n_datasets", "n_platforms", "n_classes", "local_blocks", "head_width"))
         _at_least(self, 0, ("local_radius_um", "kl_warmup_steps", "kl_drop_below"))
+        _at_least(self, 0, ("platform_tokens", "query_weight", "input_total", "n_stimuli", "change_weight"))
         if self.width % 4 or self.decoder_width % 4:
             raise ValueError(f"width {self.width} and decoder_width {self.decoder_width} must be multiples of 4, the groups of GroupNorm")
         if self.width % self.n_heads:
             raise ValueError(f"width {self.width} must be a multiple of n_heads {self.n_heads}")
+        if self.platform_tokens and self.decoder == "gaussian":
+            raise ValueError("platform_tokens needs a decoder of counts: set decoder negative_binomial")
+        if self.decoder == "residual" and (self.latent != "ae" or not self.input_total):
+            raise ValueError(f"decoder residual needs latent ae and an input_total, found {self.latent} and {self.input_total}")
         if self.n_classes and (self.decoder != "none" or self.latent != "ae"):
             raise ValueError(
                 "a head trains neither a decoder nor a variational latent: with n_classes set decoder none and latent ae, "
@@ -155,7 +170,7 @@ LATER = {
     name: getattr(cls, name)
     for cls, names in (
         (ModelConfig, ("local_blocks", "local_neighbours", "local_radius_um", "n_platforms", "kl_warmup_steps", "kl_drop_below")),
-        (ModelConfig, ("head_width", "precision")),
+        (ModelConfig, ("head_width", "precision", "platform_tokens", "query_weight", "input_total", "n_stimuli", "change_weight")),
         (MaskingConfig, ("gene_mask", "gene_mask_rate", "panel_rate", "panel_min_genes", "targeted_genes", "targeted_mask_scale")),
     )
     for name in names

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.dispatch import reconstruction_of
-from cellplane.model.embedder import NORM_GROUPS
+from cellplane.model.embedder import NORM_GROUPS, platform_rows
 from cellplane.model.fused import spared
 from cellplane.model.gaussian import LOG_VARIANCE_RANGE, LogLayer
 from cellplane.model.kernels import DISPERSION_RANGE, MEAN_RANGE, Counts
 from cellplane.model.linear import Linear
 from cellplane.model.masking import Mask
 from cellplane.model.noise import Noise, dropout
+from cellplane.model.norms import GroupNorm, PReLU
+from cellplane.model.perturbation import KINDS, dispersion, efficiency_of
 
 
 class Covariate(nn.Module):
@@ -34,7 +36,7 @@ class Covariate(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(rows, width))
         self.unseen = unseen
-        self.activation, self.norm = nn.PReLU(), nn.GroupNorm(NORM_GROUPS, width)
+        self.activation, self.norm = PReLU(), GroupNorm(NORM_GROUPS, width)
 
     def forward(self, index_C: Tensor) -> Tensor:
         """[C, width]; index -1 takes the mean (or, as released, the sum) of all rows."""
@@ -54,8 +56,8 @@ class _Trunk(nn.Module):
         super().__init__()
         width = config.decoder_width
         self.dropout = config.dropout
-        self.linear, self.activation = Linear(config.latent_width, width), nn.PReLU()
-        self.norm = nn.GroupNorm(NORM_GROUPS, width)
+        self.linear, self.activation = Linear(config.latent_width, width), PReLU()
+        self.norm = GroupNorm(NORM_GROUPS, width)
         self.batch = Covariate(config.n_batches, width, config.unseen_batch) if config.n_batches else None
         self.dataset = Covariate(config.n_datasets, width, config.unseen_batch) if config.n_datasets else None
         self.platform = Covariate(config.n_platforms, width, config.unseen_batch) if config.n_platforms else None
@@ -78,8 +80,12 @@ class NegativeBinomialDecoder(_Trunk):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.mean = CountLayer(config.decoder_bottleneck, config.n_genes)
+        self.platform_tokens = config.platform_tokens
+        self.mean = CountLayer(config.decoder_bottleneck + config.platform_tokens, config.n_genes)
         self.log_dispersion_G = nn.Parameter(torch.randn(config.n_genes))
+        if config.platform_tokens:  # the last columns are what each platform adds to each gene's logit
+            with torch.no_grad():
+                self.mean.weight[:, config.decoder_bottleneck :] = 0
 
     def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
         """Unscaled mean [C, G] and dispersion [G], both clamped to the released ranges.
@@ -87,6 +93,8 @@ class NegativeBinomialDecoder(_Trunk):
         With a mask the likelihoods instead: over all measured genes [C] and over hidden genes [C] (see `kernels`).
         """
         u = spared(self.bottlenecked, z_CZ, batch, noise)
+        if self.platform_tokens:
+            u = torch.cat([u, platform_rows(batch, self.platform_tokens).to(u.dtype)], 1)
         if mask is not None:
             likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_dispersion_G, counts_of(batch, mask))
             return likelihoods
@@ -109,6 +117,30 @@ class GaussianDecoder(_Trunk):
             likelihoods: tuple[Tensor, Tensor] = self.mean(u, self.log_variance_G, (batch, mask))
             return likelihoods
         return self.mean(u).float(), self.log_variance_G.clamp(*LOG_VARIANCE_RANGE).exp()
+
+
+class ResidualDecoder(_Trunk):
+    """z -> what a perturbation changes: the shift [C, G] of the control's log rates, and dispersion [G] of the counts.
+
+    The last layer begins at 0 and only a perturbed gene's own row begins with an efficiency, so that at first a
+    perturbation changes nothing but its target.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.mean = Linear(config.decoder_bottleneck, config.n_genes)
+        nn.init.zeros_(self.mean.weight)
+        nn.init.zeros_(self.mean.bias)
+        self.log_dispersion_G = nn.Parameter(torch.zeros(config.n_genes))
+        self.log_efficiency = nn.Parameter(torch.zeros(len(KINDS)))
+
+    def forward(self, z_CZ: Tensor, batch: CellBatch, noise: Noise | None, mask: Mask | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Shift [C, G], exactly 0 where the cells carry no perturbation, and dispersion [G]."""
+        assert batch.perturbation is not None
+        learned_CG = self.mean(spared(self.bottlenecked, z_CZ, batch, noise)).float()
+        perturbed_C = (batch.perturbation >= 0).any(1)
+        shift_CG = torch.where(perturbed_C[:, None], learned_CG, 0.0) + efficiency_of(batch, self.log_efficiency)
+        return shift_CG, dispersion(self.log_dispersion_G)
 
 
 class CountLayer(nn.Linear):
@@ -139,4 +171,5 @@ def counts_of(batch: CellBatch, mask: Mask) -> Counts:
 DECODERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "negative_binomial": NegativeBinomialDecoder,
     "gaussian": GaussianDecoder,
+    "residual": ResidualDecoder,
 }

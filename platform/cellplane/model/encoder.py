@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
 from cellplane.model.dispatch import attention_of
-from cellplane.model.fused import add_feed_forward, add_projection, norm_project, recomputed
+from cellplane.model.fused import add_feed_forward, add_projection, norm_project, recomputed, remade
 from cellplane.model.linear import Linear
-from cellplane.model.local import LocalBlock, Neighbours, neighbours
+from cellplane.model.local import LocalBlock, neighbours
 from cellplane.model.noise import Drop, Noise, drop_of
+from cellplane.model.norms import LayerNorm
 
 ATTENTION_DROPOUT = 0.01  # fixed in the released code, whatever its configuration says
 
@@ -25,13 +25,16 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.site, self.n_heads, self.dropout = f"block{index}", config.n_heads, config.dropout
-        self.kernel = config.attention
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.kernel, self.recompute = config.attention, config.recompute
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
         self.up, self.down = Linear(width, 2 * width), Linear(2 * width, width)
 
     def forward(self, h_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
-        """The cells after attention and feed-forward, each with its residual."""
+        """The cells after attention and feed-forward, each with its residual. With `recompute` only the input is kept."""
+        return remade(self.recompute, self._answer, h_CD, cu_seqlens, noise)
+
+    def _answer(self, h_CD: Tensor, cu_seqlens: Tensor, noise: Noise | None) -> Tensor:
         h_CD = add_projection(h_CD, self.attention(h_CD, cu_seqlens), self.out, self._drop(h_CD, noise))
         inner = (len(h_CD), self.up.out_features)
         drops = (
@@ -57,25 +60,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.recompute = config, config.recompute
+        self.config = config
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.local = nn.ModuleList(LocalBlock(config, index) for index in range(config.local_blocks))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = LayerNorm(config.width)
 
     def forward(self, h_CD: Tensor, batch: CellBatch, noise: Noise | None) -> Tensor:
-        """[C, D] -> [C, D]. With `recompute` only the input of each block is kept for the backward pass (noise is keyed)."""
+        """[C, D] -> [C, D]."""
         for block in self.blocks:
-            h_CD = self._through(block, h_CD, batch.cu_seqlens, noise)
+            h_CD = block(h_CD, batch.cu_seqlens, noise)
         if len(self.local):
             near = neighbours(batch, self.config)
             for block in self.local:
-                h_CD = self._through(block, h_CD, near, noise)
+                h_CD = block(h_CD, near, noise)
         out_CD: Tensor = self.norm(h_CD)
-        return out_CD
-
-    def _through(self, block: nn.Module, h_CD: Tensor, context: Tensor | Neighbours, noise: Noise | None) -> Tensor:
-        if self.recompute and h_CD.requires_grad:
-            again: Tensor = checkpoint(block, h_CD, context, noise, use_reentrant=False, preserve_rng_state=False)
-            return again
-        out_CD: Tensor = block(h_CD, context, noise)
         return out_CD

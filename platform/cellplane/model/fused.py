@@ -27,12 +27,13 @@ T = TypeVar("T")
 
 
 def _normed(h_CD: Tensor, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(h_CD, h_CD.shape[1:], norm[0], norm[1], eps)
+    return torch.native_layer_norm(h_CD, h_CD.shape[1:], norm[0].to(h_CD.dtype), norm[1].to(h_CD.dtype), eps)
 
 
 def _norm_gradients(grad_CD: Tensor, h_CD: Tensor, stats: tuple[Tensor, Tensor], norm: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    gain, shift = (tensor.to(h_CD.dtype) for tensor in norm[:2])
     return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
-        grad_CD.to(h_CD.dtype), h_CD, h_CD.shape[1:], *stats, norm[0], norm[1], [True, True, True]
+        grad_CD.to(h_CD.dtype), h_CD, h_CD.shape[1:], *stats, gain, shift, [True, True, True]
     )
 
 
@@ -74,7 +75,7 @@ class _NormProject(torch.autograd.Function):
         assert by_a is not None
         by_h, by_gain, by_shift = _norm_gradients(by_a, h_CD, (stats[0], stats[1]), norm)
         give_back()
-        return None, by_h, by_gain, by_shift, *by_layers
+        return None, by_h, by_gain.to(norm[0].dtype), by_shift.to(norm[1].dtype), *by_layers
 
 
 def norm_project(h_CD: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -185,6 +186,17 @@ def spared(function: Callable[..., T], *inputs: Any) -> T:
     give_back()
     out: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def remade(wanted: bool, function: Callable[..., Tensor], h_CD: Tensor, *inputs: Any) -> Tensor:
+    """function(h_CD, *inputs), a block of the network; where ``wanted`` only its inputs are kept for the backward pass.
+
+    A module does this inside its call, never around it: ZeRO 3 gathers the parameters of a call, and knows of one call alone.
+    """
+    if not wanted or not h_CD.requires_grad:
+        return function(h_CD, *inputs)
+    again: Tensor = checkpoint(function, h_CD, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return again
 
 
 class _Recomputed(torch.autograd.Function):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellplane.model.config import ModelConfig
+from cellplane.model.fused import spared
 from cellplane.model.linear import Linear
 from cellplane.model.noise import Noise
 
@@ -27,16 +28,27 @@ SAMPLE_EPSILON, DENSITY_EPSILON = 1e-10, 1e-8  # inside sqrt(var) and log N, as 
 VAE_LOG_VAR_LIMIT, VAE_VAR_FLOOR = 5.0, 1e-4
 
 
-@dataclass(frozen=True)
-class Latent:
-    """z [C, Z], and per cell the terms its loss is made of (None where the kind has none)."""
+class Latent(NamedTuple):
+    """z [C, Z], and per cell the terms its loss is made of (None where the kind has none). A tuple: ZeRO 3 looks for tensors in it."""
 
     z_CZ: Tensor
     kl_C: Tensor | None = None
     cluster_C: Tensor | None = None
 
 
-class GaussianMixture(nn.Module):
+class _Kind(nn.Module):
+    """What every kind is called by: inner values are computed again in the backward pass."""
+
+    def forward(self, h_CD: Tensor, noise: Noise | None) -> Latent:
+        """Sampled with noise, the most probable one without."""
+        return spared(self.latent, h_CD, noise)
+
+    def latent(self, h_CD: Tensor, noise: Noise | None) -> Latent:
+        """The same, its inner values kept."""
+        raise NotImplementedError
+
+
+class GaussianMixture(_Kind):
     """q(y | x), q(z | x, y) and the prior p(z | y) with M components."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,7 +60,7 @@ class GaussianMixture(nn.Module):
         self.mean, self.variance = Linear(inner, z), Linear(inner, z)
         self.prior_mean, self.prior_variance = Linear(m, z), Linear(m, z)
 
-    def forward(self, h_CD: Tensor, noise: Noise | None) -> Latent:
+    def latent(self, h_CD: Tensor, noise: Noise | None) -> Latent:
         """Sampled z and its terms with noise; the most probable component's mean without."""
         logits_CM = self.cluster(h_CD)
         if noise is None:
@@ -69,14 +81,14 @@ class GaussianMixture(nn.Module):
         return self.mean(inner).float(), F.softplus(self.variance(inner).float())
 
 
-class SingleGaussian(nn.Module):
+class SingleGaussian(_Kind):
     """A variational autoencoder's latent space with a standard normal prior."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mean, self.log_variance = (Linear(config.width, config.latent_width) for _ in range(2))
 
-    def forward(self, h_CD: Tensor, noise: Noise | None) -> Latent:
+    def latent(self, h_CD: Tensor, noise: Noise | None) -> Latent:
         """Sampled z and its divergence with noise; the mean without."""
         mean_CZ = self.mean(h_CD)
         if noise is None:
@@ -88,14 +100,14 @@ class SingleGaussian(nn.Module):
         return Latent(z_CZ, kl_C)
 
 
-class Projection(nn.Module):
+class Projection(_Kind):
     """One linear layer: what fine-tuning for annotation uses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear = Linear(config.width, config.latent_width)
 
-    def forward(self, h_CD: Tensor, noise: Noise | None) -> Latent:  # noqa: ARG002  (same call for every kind)
+    def latent(self, h_CD: Tensor, noise: Noise | None) -> Latent:  # noqa: ARG002  (same call for every kind)
         """The projection; nothing is random."""
         return Latent(self.linear(h_CD))
 

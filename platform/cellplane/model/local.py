@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from cellplane.cells import CellBatch
 from cellplane.model.config import ModelConfig
+from cellplane.model.fused import remade
 from cellplane.model.linear import Linear
 from cellplane.model.noise import Noise, dropout
+from cellplane.model.norms import LayerNorm
 
 LENGTHS_UM = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)  # from half a cell to a tissue region
 PAIRS_AT_ONCE = 1 << 22  # distances held at a time: 16 MB
@@ -95,14 +97,18 @@ class LocalBlock(nn.Module):
         super().__init__()
         width = config.width
         self.site, self.n_heads, self.dropout = f"local{index}", config.n_heads, config.dropout
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.recompute = config.recompute
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
         self.up, self.down = Linear(width, 2 * width), Linear(2 * width, width)
         self.distance_HR = nn.Parameter(torch.zeros(config.n_heads, len(LENGTHS_UM)))
         self.gate_D = nn.Parameter(torch.zeros(width))
 
     def forward(self, h_CD: Tensor, near: Neighbours, noise: Noise | None) -> Tensor:
-        """The cells after attention to their neighbours and feed-forward, through the gate."""
+        """The cells after attention to their neighbours and feed-forward, through the gate. With `recompute` only the input is kept."""
+        return remade(self.recompute, self._answer, h_CD, near, noise)
+
+    def _answer(self, h_CD: Tensor, near: Neighbours, noise: Noise | None) -> Tensor:
         mixed_CD = self.out(self.attention(self.norm1(h_CD), near))
         attended_CD = h_CD + dropout(mixed_CD, self.dropout, noise, f"{self.site}.residual")
         inner = dropout(F.gelu(self.up(self.norm2(attended_CD))), self.dropout, noise, f"{self.site}.inner")

@@ -40,15 +40,36 @@ def pretraining_loss(
     full_C, hidden_C = likelihoods
     scored_C = mask.hidden_C > 0
     full_S, hidden_S = sentence_mean(full_C, batch, scored_C), sentence_mean(hidden_C, batch, scored_C)
-    everyone_C = torch.ones_like(scored_C)
-    kl_S = torch.zeros_like(full_S) if latent.kl_C is None else sentence_mean(latent.kl_C.float(), batch, everyone_C)
-    cluster_S = torch.zeros_like(full_S) if latent.cluster_C is None else sentence_mean(latent.cluster_C.float(), batch, everyone_C)
-    total_S = full_S + hidden_S
+    total_S, terms = add_latent_terms(full_S + hidden_S, batch, latent, config, step)
+    return SentenceLoss(total_S, PARTS[config.decoder], torch.stack([full_S, hidden_S, *terms]).detach())
+
+
+def imputation_loss(
+    batch: CellBatch, mask: Mask, latent: Latent, likelihoods: tuple[Tensor, Tensor], config: ModelConfig, step: int = 0
+) -> SentenceLoss:
+    """Reconstruction of all measured genes of the reference, plus `query_weight` times that of the query (platform 0), per sentence.
+
+    Only cells that hide something count; the rest is as in `pretraining_loss`.
+    """
+    scored_C, query_C = mask.hidden_C > 0, batch.platform_index == 0
+    query_S = sentence_mean(likelihoods[0], batch, scored_C & query_C)
+    reference_S = sentence_mean(likelihoods[0], batch, scored_C & ~query_C)
+    total_S, terms = add_latent_terms(reference_S + config.query_weight * query_S, batch, latent, config, step)
+    return SentenceLoss(total_S, ("nb_reference", "nb_query", "kl", "cluster"), torch.stack([reference_S, query_S, *terms]).detach())
+
+
+def add_latent_terms(
+    total_S: Tensor, batch: CellBatch, latent: Latent, config: ModelConfig, step: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The reconstruction plus what the latent space costs, and its two terms, each [S]."""
+    everyone_C = torch.ones(batch.n_cells, dtype=torch.bool, device=total_S.device)
+    kl_S = torch.zeros_like(total_S) if latent.kl_C is None else sentence_mean(latent.kl_C.float(), batch, everyone_C)
+    cluster_S = torch.zeros_like(total_S) if latent.cluster_C is None else sentence_mean(latent.cluster_C.float(), batch, everyone_C)
     if latent.kl_C is not None:
         total_S = total_S + kl_term(kl_S, config, step)
     if latent.cluster_C is not None:
         total_S = total_S + config.cluster_weight * cluster_S.clamp(min=config.kl_floor)
-    return SentenceLoss(total_S, PARTS[config.decoder], torch.stack([full_S, hidden_S, kl_S, cluster_S]).detach())
+    return total_S, (kl_S, cluster_S)
 
 
 PARTS = {

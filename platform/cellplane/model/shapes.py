@@ -19,7 +19,7 @@ from cellplane.cells import CellBatch
 from cellplane.model.masking import Mask
 
 STEPS = 4  # sizes between a power of two and the next: at most a quarter of a batch is padding
-UNKNOWN = ("batch_index", "dataset_index", "platform_index", "row", "labels", "perturbation")  # -1 where there is nothing
+UNKNOWN = ("batch_index", "dataset_index", "platform_index", "row", "labels", "perturbation", "perturbation_kind")  # -1: nothing
 
 
 @dataclass(frozen=True)

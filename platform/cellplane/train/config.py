@@ -52,7 +52,20 @@ class EngineConfig(Config):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What DeepSpeed keeps in the host's memory instead of the device's: AdamW's state (ZeRO 1-3), or also parameters (ZeRO 3)."""
     bf16: bool = False
-    """DeepSpeed holds the working weights and gradients in bfloat16, float32 masters beside them; half the memory and traffic."""
+    """DeepSpeed (ZeRO 1-3) holds working weights and gradients in bfloat16, float32 masters beside them; half the memory and traffic."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.name == "torch" and (self.offload != "none" or self.bf16):
+            asked = "bf16 (for products in bfloat16 set model.precision)" if self.bf16 else f"offload {self.offload}"
+            raise ValueError(f"engine torch knows no {asked}; take engine.name deepspeed")
+        if self.offload == "parameters" and self.zero_stage < 3:
+            raise ValueError(f"offload parameters needs zero_stage 3, found {self.zero_stage}: only there are parameters shared out")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload optimizer needs zero_stage 1, 2 or 3: at 0 the optimizer is not DeepSpeed's")
+        if self.bf16 and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1, 2 or 3; with one worker 1 is the same as 0")
+        return self
 
 
 class GuardConfig(Config):
@@ -89,9 +102,31 @@ class WorkersConfig(Config):
     use_gpu: bool = False
     """One GPU for each worker."""
     max_failures: int = Field(2, ge=0)
-    """Restarts from the newest checkpoint before the run is given up."""
+    """Times in a row that workers may be lost without a new checkpoint in between before the run is given up."""
     collective_timeout_s: int = Field(300, ge=1)
-    """A worker that is not heard for so long counts as lost."""
+    """A worker that does no step for so long counts as lost."""
+
+    @property
+    def least(self) -> int:
+        """Workers without which nothing starts."""
+        return self.count if self.min is None else self.min
+
+    @property
+    def most(self) -> int:
+        """Workers that are never exceeded."""
+        return self.count if self.max is None else self.max
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number may change while the run goes on."""
+        return self.least < self.most
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.least > self.most:
+            least, most = "min" if self.min is not None else "count", "max" if self.max is not None else "count"
+            raise ValueError(f"{least} = {self.least} workers is more than {most} = {self.most}; for an elastic run set min <= max")
+        return self
 
 
 class CheckpointConfig(Config):
@@ -108,7 +143,52 @@ class CheckpointConfig(Config):
     format: Literal["consolidated", "sharded"] = "consolidated"
     """One verified file set for any engine and world size, or DeepSpeed's own shards (above ~3 B parameters)."""
     folder: str | None = None
-    """Another place for checkpoints, local or an fsspec URL such as s3://bucket/run; None = the run's own folder."""
+    """Another place, where each run has a folder of its name; None = the run's own folder alone.
+
+    A path (a relative one lies under $CELLPLANE_HOME) holds them instead; to an fsspec URL such as s3://bucket/runs they are
+    copied once they are complete in the run's folder.
+    """
+
+    @model_validator(mode="after")
+    def _one_place_for_shards(self) -> Self:
+        if self.format == "sharded" and self.folder is not None and "://" in self.folder:
+            raise ValueError(f"checkpoint.format sharded needs a folder that all workers see, {self.folder} is a URL; name a shared path")
+        return self
+
+
+class TransferConfig(Config):
+    """What of a network learns in fine-tuning, and how fast."""
+
+    learn: Literal["all", "head"] = "all"
+    """Everything, or only what the task puts on top of the frozen base model: for annotation a linear probe, which is far faster."""
+    frozen: tuple[Literal["embedder", "encoder", "latent", "decoder"], ...] = ()
+    """Parts that stay as the base model has them."""
+    block_lr_decay: float = Field(1.0, gt=0, le=1)
+    """Each encoder block learns at this share of the rate of the block above it, the embedder below the first; 1 = all alike."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything learns at the rate of the optimizer's own settings."""
+        return self == TransferConfig()
+
+
+class FitConfig(Config):
+    """How any task is fine-tuned: the part of its recipe that does not depend on the task."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    transfer: TransferConfig = TransferConfig()
+    """What of the base model learns."""
+    guard: GuardConfig = GuardConfig()
+    """What is done about steps that are not finite."""
+    validate_every: int = Field(10, ge=1)
+    """Steps between two looks at the validation cells."""
+    patience: int = Field(20, ge=1)
+    """Looks without improvement before training ends; the best weights are kept."""
+    seed: int = 0
+    """Keys initialisation, split, masks and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network learns; auto takes a GPU where there is one."""
 
 
 class PretrainConfig(Config):
@@ -149,6 +229,14 @@ class PretrainConfig(Config):
     def _something_to_recover(self) -> Self:
         if self.masking.cell_mask_rate == 0:
             raise ValueError("masking.cell_mask_rate is 0: nothing would be hidden, so nothing learned")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_who_writes_shards(self) -> Self:
+        if self.checkpoint.format == "sharded" and self.engine.name == "torch":
+            raise ValueError("checkpoint.format sharded are DeepSpeed's own files: take engine.name deepspeed, or format consolidated")
+        if self.checkpoint.format == "sharded" and self.workers.elastic:
+            raise ValueError("checkpoint.format sharded fits one number of workers: leave out workers.min and max, or take consolidated")
         return self
 
 

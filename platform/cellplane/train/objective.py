@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -28,9 +29,19 @@ class Work:
     key: int
 
     def to(self, device: torch.device) -> Work:
-        """The same work on another device."""
+        """The same work on another device, for use on the current stream."""
         mask = None if self.mask is None else self.mask.to(device)
-        return Work(self.batch.to(device), mask, self.weights.to(device), self.key)
+        moved = Work(self.batch.to(device), mask, self.weights.to(device), self.key)
+        if device.type == "cuda":
+            moved.hold(torch.cuda.current_stream(device))
+        return moved
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of tensors that another stream made from being handed out again before this one is done."""
+        for part in (self.batch, self.mask, self):
+            for column in fields(part) if part is not None else ():
+                if isinstance(tensor := getattr(part, column.name), torch.Tensor):
+                    tensor.record_stream(stream)
 
 
 class Objective(Protocol):
@@ -53,13 +64,18 @@ class MaskedObjective:
 
     def weights(self) -> NDArray[np.float64]:
         """Cells chosen for masking, or the given weights."""
-        if self.sentence_weights is not None:
-            return self.sentence_weights
+        return self._chosen if self.sentence_weights is None else self.sentence_weights
+
+    @cached_property
+    def _chosen(self) -> NDArray[np.float64]:
         return chosen_cells(self.store.sizes, self.masking).astype(np.float64)
 
     def prepare(self, micro_batch: MicroBatch) -> tuple[CellBatch, Mask | None]:
         """Reads, drops, narrows, hides."""
-        batch = micro_batch.read(self.store)
+        return self.masked(micro_batch, micro_batch.read(self.store))
+
+    def masked(self, micro_batch: MicroBatch, batch: CellBatch) -> tuple[CellBatch, Mask]:
+        """The same for cells that were read already, on any device."""
         sizes = self.store.sizes[list(micro_batch.sentences)]
         kept = narrow_panels(drop_cells(batch, self.masking), self.masking)
         return kept, mask_genes(kept, sizes, self.masking)
