@@ -1,4 +1,4 @@
-"""Side-by-side measurements: `python -m jobs.benchmark model | peers | data`. JSON lines while it runs, a table at the end."""
+"""Side-by-side measurements: `python -m jobs.benchmark model | peers | data | train | neighbours`. JSON lines, then a table."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import logging
 import sys
 from pathlib import Path
 
-from cellplane.benchmark import data, model
-from cellplane.benchmark.peers import PeersBenchmark
-from cellplane.benchmark.report import machine, table
+from cellplane.benchmark import data, model, neighbours, peers, report, train
 from cellplane.errors import CellplaneError
 
-PARTS = {"model": model.PARTS, "peers": {}, "data": data.PARTS}
+PARTS = {"model": model.PARTS, "peers": {}, "data": data.PARTS, "train": train.PARTS, "neighbours": {}}
+SIZES, UNKNOWN = {"cells", "nonzeros", "threads", "rounds"}, {"train": "cells", "neighbours": "nonzeros"}  # not taken there
 
 
 def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=tuple(PARTS), help="beside the released CellPLM, gene language models, or other loaders")
+    parser.add_argument("what", choices=tuple(PARTS), help="beside CellPLM, gene models, other loaders, bare steps, the truth")
     parser.add_argument("--cells", type=int, help="default: 2000; data: 100000")
-    parser.add_argument("--nonzeros", type=int, help="non-zero counts of each cell; default: 2000; data: 1350")
+    parser.add_argument("--nonzeros", type=int, help="non-zero counts of each cell; default: 2000; data, train: 1350")
     parser.add_argument("--threads", type=int, help="default: 2; data: 1, as in a Ray Train worker of one CPU")
     parser.add_argument("--rounds", type=int, help="quiet rounds, the sides in turn in each; default: 5")
-    parser.add_argument("--only", nargs="+", default=(), help=f"model, data: these parts alone ({', '.join([*model.PARTS, *data.PARTS])})")
+    parser.add_argument("--only", nargs="+", default=(), help="these parts alone; a wrong one is told which there are")
+    parser.add_argument("--models", nargs="+", default=(), help="train: these models alone (tiny, 10m, 85m)")
     parser.add_argument("--python", type=Path, help="model, peers: the other packages' Python; default: an environment is made for them")
     given = parser.parse_args()
     if unknown := set(given.only) - set(PARTS[given.what]):
@@ -35,22 +35,24 @@ def main() -> int:
     """Measures and prints; 1 when a gate does not hold, else what the error says."""
     given = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    sizes = {name: value for name in ("cells", "nonzeros", "threads", "rounds") if (value := getattr(given, name)) is not None}
+    sizes = {name: size for name in SIZES - {UNKNOWN.get(given.what)} if (size := getattr(given, name)) is not None}
     makers = {
         "model": lambda: model.ModelBenchmark(**sizes, original_python=given.python, only=tuple(given.only)),
-        "peers": lambda: PeersBenchmark(**sizes, python=given.python),
+        "peers": lambda: peers.PeersBenchmark(**sizes, python=given.python),
         "data": lambda: data.DataBenchmark(**sizes, only=tuple(given.only)),
+        "train": lambda: train.TrainBenchmark(**sizes, only=tuple(given.only), models=tuple(given.models)),
+        "neighbours": lambda: neighbours.NeighboursBenchmark(**sizes),
     }
     figures = []
     try:
-        print(machine(), flush=True)
+        print(report.machine(), flush=True)
         for figure in makers[given.what]().run():
             print(figure.line(), flush=True)
             figures.append(figure)
     except CellplaneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(table(figures))
+    print(report.table(figures))
     return int(any(figure.holds is False for figure in figures))
 
 

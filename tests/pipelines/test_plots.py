@@ -47,6 +47,31 @@ def test_losses_are_drawn_with_their_components(tmp_path, steps):
     assert_picture(plots.loss_plot(journal(steps), tmp_path / "new" / "loss.png"))
 
 
+@pytest.mark.parametrize("steps", [1, 20, 200])
+def test_the_course_of_a_run_has_a_panel_for_what_was_journalled(tmp_path, steps):
+    plain = plots.course_plot(journal(steps), tmp_path / "plain.png")
+    assert_picture(plain)
+    more = [{**row, "metrics": {**row["metrics"], "train/lr": 1e-3, "train/grad_norm": 2.0, "train/mfu": 0.3}} for row in journal(steps)]
+    assert_picture(plots.course_plot(more, tmp_path / "more.png"))
+    assert imread(tmp_path / "more.png").shape[0] > imread(plain).shape[0]
+
+
+def test_gradients_that_are_not_finite_do_not_spoil_the_course(tmp_path):
+    rows = [{"step": step, "metrics": {"train/grad_norm": float("nan") if step == 3 else 2.0}} for step in range(1, 9)]
+    assert_picture(plots.course_plot(rows, tmp_path / "course.png"))
+
+
+def test_every_metric_of_a_validation_is_drawn(tmp_path):
+    rows = [{"step": step, "metrics": {"val/loss": 3.0 - step / 10, "val/$odd_name": 1.0}} for step in (5, 10)]
+    assert_picture(plots.validation_plot([*journal(10), *rows], tmp_path / "validation.png"))
+
+
+@pytest.mark.parametrize("draw", [plots.course_plot, plots.validation_plot])
+def test_a_journal_without_anything_to_draw_is_refused(tmp_path, draw):
+    with pytest.raises(DataError, match="none of the 1 journal rows holds"):
+        draw([{"step": 1, "metrics": {"train/other": 1.0}}], tmp_path / "x.png")
+
+
 def test_a_total_without_components_is_enough(tmp_path):
     assert_picture(plots.loss_plot([{"step": 1, "metrics": {"train/loss": 1.0}}], tmp_path / "loss.png", "one step"))
 

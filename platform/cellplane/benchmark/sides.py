@@ -104,15 +104,18 @@ class Rounds:
         return self.median(slower, key) / self.median(faster, key)
 
 
-def alternate(runs: Mapping[str, tuple[Side, Callable[[Side], dict[str, Any]]]], rounds: int, patience: int = 3) -> Rounds:
+def alternate(
+    runs: Mapping[str, tuple[Side, Callable[[Side], dict[str, Any]]]], rounds: int, patience: int = 3, beside: Sequence[Side] = ()
+) -> Rounds:
     """Runs every side once a round, in turn; a round with foreign load is measured again, at most ``patience`` x rounds in all.
 
-    Where no round was quiet the last ones are kept, so that figures can be shown, and `Rounds.ratio` is None.
+    Where no round was quiet the last ones are kept, so that figures can be shown, and `Rounds.ratio` is None. What sides
+    ``beside`` them do, at the same time and for them, is no foreign load.
     """
     sides = {side.pid: side for side, _ in runs.values()}
     found, noisy = Rounds({name: [] for name in runs}), Rounds({name: [] for name in runs})
     for _ in range(rounds * patience):
-        meter = LoadMeter(list(sides))
+        meter = LoadMeter([*sides, *(side.pid for side in beside)])
         answers = {name: run(side) for name, (side, run) in runs.items()}
         share = meter.foreign()
         target = found if share <= FOREIGN_LIMIT else noisy

@@ -67,6 +67,59 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "Loss"
     return _save(figure, path)
 
 
+# Panels of the course of a run: what each metric is called, and whether its axis is logarithmic.
+COURSE = {
+    "train/lr": ("learning rate", False),
+    "train/grad_norm": ("norm of gradients\n(before clipping)", True),
+    "train/cells_per_s": ("cells a second", False),
+    "train/mfu": ("share of the peak\n(MFU)", False),
+    "train/data_wait_s": ("waited for cells\n(s a step)", False),
+    "train/nan_skips": ("skipped steps\n(so far)", False),
+    "system/rss_bytes": ("resident memory\n(bytes, rank 0)", False),
+    "system/gpu_peak_bytes": ("GPU memory\n(peak bytes, rank 0)", False),
+}
+
+
+def course_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "Course of the run") -> Path:
+    """Learning rate, gradients, speed and memory by optimizer step, from journal rows; panels only for what was journalled.
+
+    Raises DataError when the rows hold none of ``COURSE``.
+    """
+    curves = {key: curve for key in COURSE if (curve := _curve(rows, key))}
+    if not curves:
+        raise DataError(f"none of the {len(rows)} journal rows holds one of {', '.join(COURSE)}")
+    return _stacked({key: [("measured", "-", COLOURS[0], curve)] for key, curve in curves.items()}, path, title)
+
+
+def validation_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "Held-out cells") -> Path:
+    """Every `val/...` metric of the journal rows by optimizer step. Raises DataError when there is none."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["metrics"] if key.startswith("val/")))
+    if not keys:
+        raise DataError(f"none of the {len(rows)} journal rows holds a val/... metric: nothing was held out (validation.share)")
+    return _stacked({key: [("held out", "-", COLOURS[1], _curve(rows, key))] for key in keys}, path, title)
+
+
+_Drawn = tuple[str, str, str, list[tuple[int, float]]]  # name, style, colour, (step, value)
+
+
+def _stacked(panels: Mapping[str, Sequence[_Drawn]], path: Path, title: str) -> Path:
+    """One panel below the other over the same steps."""
+    figure = Figure(figsize=(8, 1.2 + 1.5 * len(panels)), layout="constrained")
+    for axes, (key, curves) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
+        label, logarithmic = COURSE.get(key, (key, False))
+        for name, style, colour, curve in curves:
+            marker = MARKERS[0] if len(curve) <= 60 else None
+            axes.plot(*zip(*curve, strict=True), style, color=colour, marker=marker, ms=3, label=name)
+        if logarithmic and all(value > 0 for *_, curve in curves for _, value in curve):
+            axes.set_yscale("log")
+        axes.set_ylabel(_safe(label), fontsize=9)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(_safe(title))
+    return _save(figure, path)
+
+
 def confusion_plot(matrix: ArrayLike, classes: Sequence[str], path: Path, title: str = "Confusion matrix") -> Path:
     """Where the cells of each true class (rows) went: colour = share of the row, number = cells. ``matrix`` [K, K]."""
     table = np.asarray(matrix, dtype=np.int64)

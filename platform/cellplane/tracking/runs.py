@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _OPENING = threading.Lock()  # a pump and the work it serves may open the same run at the same moment
 RUN_KEY = "cellplane.run_key"
-TAG_PREFIX = "cellplane."
+TAG_PREFIX, MLFLOW_PREFIX = "cellplane.", "mlflow."
 # MLflow's own limits (mlflow.utils.validation)
 MAX_KEY, MAX_PARAM, MAX_TAG, PARAMS_PER_CALL, METRICS_PER_CALL = 250, 6000, 8000, 100, 1000
 # The default client waits minutes for a dead server; ours fails at once and leaves retrying to the pump
@@ -290,8 +290,8 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, object]) -> 
 
 
 def tag_key(name: str) -> str:
-    """The name with the prefix all our tags carry."""
-    return _key(name if name.startswith(TAG_PREFIX) else TAG_PREFIX + name)
+    """The name with the prefix all our tags carry; MLflow's own (`mlflow.parentRunId`) stay as they are."""
+    return _key(name if name.startswith((TAG_PREFIX, MLFLOW_PREFIX)) else TAG_PREFIX + name)
 
 
 def code_tags() -> dict[str, str]:
