@@ -13,11 +13,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo test fast check chaos gpu clean
+.PHONY: help venv demo test fast check chaos chaos-full gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP)  ## create .venv with everything pinned; instant when nothing changed
 
@@ -48,7 +48,10 @@ check: venv  ## lint, types, and the rules of the house
 	@$(BIN)/python -m pytest -q tests/house $(ARGS)
 
 chaos: venv  ## tests that kill processes on purpose
-	@$(BIN)/python -m pytest -m chaos $(ARGS)
+	@$(BIN)/python -m pytest -m "chaos and not full and not gpu" $(ARGS)
+
+chaos-full: venv  ## every combination of who is killed when
+	@$(BIN)/python -m pytest -m "chaos and not gpu" $(ARGS)
 
 gpu: venv  ## tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

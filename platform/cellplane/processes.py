@@ -62,6 +62,11 @@ class Member:
         return bool(abs(process.create_time() - self.create_time) < 1.0)
 
 
+def this_process() -> Member:
+    """The process that asks."""
+    return Member(os.getpid(), psutil.Process().create_time())
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)

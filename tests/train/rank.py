@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cellplane.train.config import PretrainConfig
-from cellplane.train.launch import run_worker
+from cellplane.train.worker import run_worker
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -93,3 +93,21 @@ def test_the_number_of_updates_is_what_the_bias_correction_counts(network):
     begin_moments(optimizer, network.parameters(), 7)
     learn(network, optimizer)
     assert {float(slot["step"]) for slot in optimizer.state.values()} == {8.0}
+
+
+def test_a_parameters_own_scale_multiplies_and_the_plain_case_stays_as_it_was(network):
+    """Fine-tuning gives blocks their share; pre-training's one or two groups keep their order, or its checkpoints would not fit."""
+    config = OptimizerConfig(lr=1e-2, embedder_lr_scale=0.1)
+    plain = parameter_groups(network, config)
+    assert [(group["scale"], len(group["params"])) for group in plain] == [(1.0, 2), (0.1, 2)]
+    for parameter in network.parameters():
+        parameter.lr_scale = 1.0
+    again = parameter_groups(network, config)
+    assert [[id(one) for one in group["params"]] for group in again] == [[id(one) for one in group["params"]] for group in plain]
+    network.head.weight.lr_scale = 0.5
+    network.embedder.weight.lr_scale = 0.5
+    scaled = parameter_groups(network, config)
+    assert [group["scale"] for group in scaled] == [0.5, 1.0, 0.05, 0.1]
+    assert [id(group["params"][0]) for group in scaled] == [
+        id(one) for one in (network.head.weight, network.head.bias, network.embedder.weight, network.embedder.bias)
+    ]

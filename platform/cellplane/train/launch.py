@@ -1,23 +1,22 @@
-"""Masked pre-training on a cluster: Ray Train starts the workers, each runs the one loop, our checkpoints hold the state.
+"""Masked pre-training on a cluster: groups of workers, one after another, until the last step is done.
 
-Ray keeps the processes alive and restarts them after a failure. What a restart continues from is ours alone: every
-start of the loop picks the newest valid checkpoint of the run folder. Each submission uses a fresh Ray run name, so
-nothing stale of Ray's own can stand in the way.
+Ray Train starts each group; every worker runs the one loop (worker.py), and our own checkpoints hold the state. What
+happens when a group is lost is decided here and not by Ray: errors that would come back end the run at once, a lost
+process or node is replaced by a new group, as large as the cluster allows, that picks the newest valid checkpoint. Each
+group uses a fresh Ray run name, so nothing stale of Ray's own can stand in the way.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +26,25 @@ import torch
 from cellplane.artifact.folder import ModelFolder, save_model
 from cellplane.config import home, to_plain
 from cellplane.data.loader import ShardStore
-from cellplane.data.sentences import StepPlan
-from cellplane.data.shards import read_manifest
-from cellplane.errors import ConfigError, DataError, ServiceError, TrainingError
-from cellplane.model.cellplm import new_model
-from cellplane.model.config import ModelConfig, identifying
-from cellplane.tracking.journal import Journal
-from cellplane.train.checkpoint import Checkpoints
-from cellplane.train.config import PretrainConfig
-from cellplane.train.engine import new_engine
-from cellplane.train.loop import Keeping, train
-from cellplane.train.objective import MaskedObjective
+from cellplane.errors import CellplaneError, CheckpointError, ServiceError, TrainingError
+from cellplane.train.checkpoint import TrainingState, checkpoints_of
+from cellplane.train.checks import origin_of
+from cellplane.train.config import PretrainConfig, WorkersConfig
+from cellplane.train.elastic import Nodes, has_room, resources_of
+from cellplane.train.identity import DETERMINING as DETERMINING
+from cellplane.train.identity import describe_run as describe_run
+from cellplane.train.identity import full_model_config as full_model_config
+from cellplane.train.identity import run_identity as run_identity
+from cellplane.train.run_folder import RunFolder as RunFolder
+from cellplane.train.watchdog import collective_limit_s, found_stacks
+from cellplane.train.worker import run_worker as run_worker
 
 log = logging.getLogger(__name__)
 
 SETTLING_S = 10.0  # a job that has just ended gives its CPUs back a little later
-DETERMINING = ("model", "masking", "plan", "optimizer")  # sections that change the numbers; workers, engine and keeping do not
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where everything of a run lies: checkpoints, journal, artifacts, the finished model."""
-
-    path: Path
-
-    @classmethod
-    def of(cls, run: str) -> RunFolder:
-        """The folder of a run name, under $CELLPLANE_HOME/runs; ConfigError for a name that is not a plain file name."""
-        if not run or Path(run).name != run or run.startswith("."):
-            raise ConfigError(f"run {run!r} cannot be a folder's name: use letters, digits, '-', '_' and '.'")
-        return cls(home() / "runs" / run)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoint folders."""
-        return self.path / "checkpoints"
-
-    @property
-    def journal(self) -> Path:
-        """Metrics of every step, JSON lines."""
-        return self.path / "journal.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The finished model folder."""
-        return self.path / "model"
-
-    @property
-    def artifacts(self) -> Path:
-        """Files for the tracker: configuration, plots."""
-        return self.path / "artifacts"
+REJOIN_S = 600.0  # a node that was lost may come back
+# Threads that wait must sleep: spinning ones make everything that shares their cores slow (STACK.md 9)
+QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 @dataclass(frozen=True)
@@ -89,25 +57,12 @@ class PretrainOutcome:
     seconds: float
 
 
-def full_model_config(config: PretrainConfig) -> ModelConfig:
-    """The network with the sizes that the shards determine."""
-    manifest = read_manifest(Path(config.shards))
-    n_batches, n_datasets = len(manifest.batch_names), len(manifest.datasets)
-    return replace(
-        config.model,
-        n_genes=manifest.n_genes,
-        n_batches=n_batches if n_batches > 1 else 0,
-        n_datasets=n_datasets if n_datasets > 1 else 0,
-    )
+class _GroupLost(Exception):
+    """A group of workers ended for a reason that may pass; ``ran`` is False when it never began."""
 
-
-def run_identity(config: PretrainConfig) -> str:
-    """Fingerprint of data and of every setting that changes the numbers: a checkpoint fits when it is equal."""
-    plain = to_plain(config)
-    if config.plan.weights is None:
-        del plain["plan"]["weights"]  # came later: a run of an earlier version keeps its identity
-    parts = {name: identifying(plain[name]) for name in DETERMINING} | {"data": read_manifest(Path(config.shards)).fingerprint}
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def __init__(self, reason: str, ran: bool = True) -> None:
+        super().__init__(reason, ran)
+        self.reason, self.ran = reason, ran
 
 
 def pretrain(config: PretrainConfig) -> PretrainOutcome:
@@ -119,20 +74,40 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
     config = config.model_copy(update={"shards": str(Path(config.shards).absolute())})  # workers have working folders of their own
     began = time.monotonic()
     folder = RunFolder.of(config.run)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
-    identity = run_identity(config)
-    found = checkpoints.newest_valid(identity)
+    found = newest_state(config)
     done = 0 if found is None else found.step
     if done < config.optimizer.steps:
         if not ray.is_initialized():
             raise ServiceError("training needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
-        _check_room(config)
-        _fit(config, folder)
-    state = checkpoints.newest_valid(identity)
+        check_room(config.workers)
+        folder.remember(config, origin_of(config))
+        _train_through(config, folder, done)
+    state = newest_state(config)
     if state is None or state.step != config.optimizer.steps:
         raise TrainingError(f"the run ended without a checkpoint of step {config.optimizer.steps} in {folder.checkpoints}")
+    save_model(_model_folder(config, state), folder.model)
+    return PretrainOutcome(folder.model, state.step, state.step - done, time.monotonic() - began)
+
+
+def ray_job_id() -> str:
+    """Ray's name for this job; `none` without a cluster."""
+    return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else "none"
+
+
+def newest_state(config: PretrainConfig) -> TrainingState | None:
+    """The newest valid state of the run, None before its first checkpoint; CheckpointError names the settings that differ."""
+    folder = RunFolder.of(config.run)
+    try:
+        return checkpoints_of(folder.path, config.checkpoint).newest_valid(run_identity(config))
+    except CheckpointError as error:
+        if differing := folder.differences(config, DETERMINING):
+            raise CheckpointError(f"{error}; {'; '.join(differing[:3])}") from error
+        raise
+
+
+def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
     store = ShardStore(Path(config.shards))
-    model = ModelFolder(
+    return ModelFolder(
         config=full_model_config(config),
         weights=state.weights,
         vocabulary=store.vocabulary,
@@ -142,55 +117,145 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
             "data_fingerprint": store.manifest.fingerprint,
             "training_cells": str(store.manifest.cells),
             "run": config.run,
-            "run_identity": identity,
+            "run_identity": run_identity(config),
             "steps": str(state.step),
+            "plan_seed": str(config.plan.seed),
+            "validation_share": str(config.validation.share),  # with the seed it tells what the model never saw
         },
     )
-    save_model(model, folder.model)
-    return PretrainOutcome(folder.model, state.step, state.step - done, time.monotonic() - began)
 
 
-def _check_room(config: PretrainConfig) -> None:
-    """A cluster too small for the workers is an error, a busy one worth a word: Ray itself waits without an end."""
-    wanted = config.workers.count * config.workers.cpus
-    existing = ray.cluster_resources().get("CPU", 0.0)
-    if existing < wanted:
-        raise ServiceError(
-            f"{config.workers.count} workers of {config.workers.cpus} CPUs need {wanted} CPUs, the cluster has {existing:g}; "
-            "start fewer (-o workers.count=1), the losses stay the same"
-        )
-    deadline = time.monotonic() + SETTLING_S
-    while ray.available_resources().get("CPU", 0.0) < wanted:
-        if time.monotonic() > deadline:
-            log.warning("waiting for CPUs: the run needs %d of %g, another job or an endpoint holds too many", wanted, existing)
-            return
+def _train_through(config: PretrainConfig, folder: RunFolder, done: int) -> None:
+    """Groups of workers until the last step; TrainingError when too many in a row were lost without a new checkpoint."""
+    failures, because, patience_s = 0, "submitted", 0.0
+    while done < config.optimizer.steps:
+        count = _await_room(config.workers, patience_s)
+        folder.started(count, done, because)
+        try:
+            done, because = _run_group(config, folder, count), "there is room for more workers"
+        except _GroupLost as loss:
+            reached = _kept(config)
+            failures = failures + loss.ran if reached == done else int(loss.ran)
+            if failures > config.workers.max_failures:
+                raise TrainingError(f"run {config.run} failed: {loss.reason}; run it again to go on from the last checkpoint") from loss
+            log.warning("workers of run %s were lost (%s); going on from step %d", config.run, loss.reason, reached)
+            done, because = reached, loss.reason
+        patience_s = REJOIN_S
+
+
+def _kept(config: PretrainConfig) -> int:
+    state = newest_state(config)
+    return 0 if state is None else state.step
+
+
+def check_room(workers: WorkersConfig) -> None:
+    """ServiceError when the cluster as it is cannot hold even the least number of workers."""
+    each, nodes = resources_of(workers), _nodes()
+    if nodes.holds(each) >= workers.least:
+        return
+    asked = " and ".join(f"{workers.least * amount:g} {name}s" for name, amount in each.items())
+    there = " and ".join(f"{sum(node.get(name, 0.0) for node in nodes.totals):g} {name}s" for name in each)
+    raise ServiceError(
+        f"{workers.least} workers of {workers.cpus} CPUs need {asked}, the cluster has {there}; "
+        "start fewer (-o workers.count=1), the losses stay the same"
+    )
+
+
+def _nodes() -> Nodes:
+    return Nodes(tuple(node["Resources"] for node in ray.nodes() if node["Alive"]), ray.available_resources())
+
+
+def _await_room(workers: WorkersConfig, patience_s: float) -> int:
+    """Workers the next group gets; waits for busy CPUs, and for ``patience_s`` also for a lost node (then ServiceError)."""
+    each, began, told = resources_of(workers), time.monotonic(), False
+    while True:
+        nodes = _nodes()
+        wanted, now = min(nodes.holds(each), workers.most), min(nodes.holds_now(each), workers.most)
+        waited = time.monotonic() - began
+        if now >= workers.least and (now >= wanted or waited > SETTLING_S):
+            return now
+        if wanted < workers.least and waited > patience_s:
+            check_room(workers)
+        if waited > SETTLING_S and not told:
+            log.warning(
+                "waiting: the run needs %d x %s, free are %s; a node is lost, or another job holds too much",
+                workers.least,
+                each,
+                nodes.free,
+            )
+            told = True
         time.sleep(0.2)
 
 
-def _fit(config: PretrainConfig, folder: RunFolder) -> None:
+@dataclass(frozen=True)
+class GroupSettings:
+    """What Ray Train is told about one group of workers; ``controller`` are variables of the process that starts them."""
+
+    scaling: Any
+    run: Any
+    backend: Any
+    controller: Mapping[str, str]
+
+
+def group_settings(config: PretrainConfig, folder: RunFolder, count: int) -> GroupSettings:
+    """The group of ``count`` workers as Ray Train wants it; asks no cluster, so that the GPU path can be looked at anywhere."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     workers = config.workers
-    resources = {"CPU": workers.cpus, **({"GPU": 1} if workers.use_gpu else {})}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": to_plain(config), "home": str(home()), "fault": os.environ.get("FAULT_AT", "")},
-        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
+    timeout_s = workers.collective_timeout_s
+    environment = {**QUIET_THREADS, "OMP_NUM_THREADS": str(workers.cpus), "CELLPLANE_HOME": str(home())}
+    environment |= {} if workers.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    environment |= {name: os.environ[name] for name in ("FAULT_AT", "FAULT_SIGNAL") if name in os.environ}
+    return GroupSettings(
+        scaling=ScalingConfig(num_workers=count, use_gpu=workers.use_gpu, resources_per_worker=resources_of(workers)),
+        run=RunConfig(
             name=f"{config.run}-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # this module decides
+            worker_runtime_env={"env_vars": environment},
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=workers.collective_timeout_s),
+        backend=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(collective_limit_s(timeout_s))),
+        controller={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout_s), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"},
+    )
+
+
+def _run_group(config: PretrainConfig, folder: RunFolder, count: int) -> int:
+    """Steps done when a group of ``count`` workers has ended by itself; _GroupLost, or the error that would come back."""
+    from ray.train.torch import TorchTrainer
+
+    settings, began = group_settings(config, folder, count), time.time()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": to_plain(config)},
+        scaling_config=settings.scaling,
+        run_config=settings.run,
+        torch_config=settings.backend,
     )
     try:
-        with _interruptible():
-            trainer.fit()
+        with _interruptible(), _environment(settings.controller):
+            return int(trainer.fit().return_value)
     except Exception as error:
-        if isinstance(cause := _cause(error), DataError | ConfigError):
+        cause = _cause(error)
+        if type(cause) is TrainingError:
+            raise TrainingError(f"run {config.run} failed: {cause}; run it again to go on from the last checkpoint") from error
+        if isinstance(cause, CellplaneError):
             raise cause from error  # it would fail again: no word about running it again
-        raise TrainingError(f"run {config.run} failed: {_last_line(cause)}; run it again to go on from the last checkpoint") from error
+        stalled = ", ".join(path.name for path in found_stacks(folder.stacks, began))
+        reason = f"a step did not end within {config.workers.collective_timeout_s} s, see {folder.stacks}: {stalled}" if stalled else ""
+        raise _GroupLost(reason or _last_line(cause), ran="WorkerGroupStartupTimeout" not in f"{type(cause)}{error}") from error
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Settings that Ray Train reads from this process; what the person set stays."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 @contextmanager
@@ -208,10 +273,19 @@ def _interruptible() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What really went wrong: Ray wraps a worker's error in several others."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+    """What really went wrong: Ray wraps a worker's error in several others; one of ours tells more than a lost connection."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
+    causes = [_innermost(failure) for failure in failures.values()]
+    return next((cause for cause in causes if isinstance(cause, CellplaneError)), causes[0])
+
+
+def _innermost(error: BaseException) -> BaseException:
+    cause = error
+    while (
+        (inner := getattr(cause, "cause", None) or cause.__cause__) is not None
+        and inner is not cause
+        and not isinstance(cause, CellplaneError)
+    ):
         cause = inner
     return cause
 
@@ -221,39 +295,19 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """One worker's run, from the newest valid checkpoint to the last step."""
+def _worker(settings: dict[str, Any]) -> int:
+    """One worker of a group: how many steps are done when it ends by itself."""
     from ray import train as ray_train
 
-    os.environ.update(CELLPLANE_HOME=settings["home"], FAULT_AT=settings["fault"])
     config = PretrainConfig.model_validate(settings["config"])
     torch.set_num_threads(config.workers.cpus)
-    context = ray_train.get_context()
-    run_worker(config, context.get_world_size(), context.get_world_rank(), lambda metrics: ray_train.report(dict(metrics)))
+    context, last = ray_train.get_context(), 0
 
+    def report(metrics: Mapping[str, float]) -> None:
+        nonlocal last
+        last = int(metrics["step"])
+        ray_train.report(dict(metrics))
 
-def run_worker(config: PretrainConfig, world_size: int, rank: int, report: Callable[[Mapping[str, float]], None]) -> None:
-    """The body of a worker, also callable inside any process group: builds store, network and engine, runs the loop."""
-    folder, identity = RunFolder.of(config.run), run_identity(config)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
-    state = checkpoints.newest_valid(identity)
-    store = ShardStore(Path(config.shards))
-    network = new_model(full_model_config(config), config.plan.seed)
-    if config.workers.use_gpu:
-        network = network.to("cuda")
-    rounds = -(-config.plan.micro_batches_per_step // world_size)
-    engine = new_engine(network, config.optimizer, config.engine, rounds, state)
-    done = 0 if state is None else state.step
-    journal = Journal(folder.journal) if rank == 0 else None
-    if journal is not None:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        journal.cut(done)
-    keeping = Keeping(checkpoints, config.checkpoint, identity, journal)
-    plan = StepPlan(store.sizes, config.plan, store.draw_weights(config.plan.weights))
-    last = train(engine, MaskedObjective(store, config.masking), plan, range(done, config.optimizer.steps), keeping)
-    report({"step": float(last)})
-
-
-def describe_run(config: PretrainConfig) -> dict[str, object]:
-    """Parameters worth seeing beside a run: the resolved configuration and the sizes that follow from the data."""
-    return {**to_plain(config), "network": asdict(full_model_config(config))}
+    size, rank = context.get_world_size(), context.get_world_rank()
+    run_worker(config, size, rank, report, lambda: has_room(config.workers, _nodes(), size))
+    return last
