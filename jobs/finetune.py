@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cellplane.cli.main import run_job
-from cellplane.cli.train import finetune_annotate
+from cellplane.cli.finetune import finetune_annotate
 
 if __name__ == "__main__":
     run_job(finetune_annotate)

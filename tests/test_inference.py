@@ -15,11 +15,11 @@ import torch
 from cellplane import inference
 from cellplane.artifact.folder import save_model
 from cellplane.data.config import DataKeys, SimulateConfig
-from cellplane.data.sentences import CellTable, MemoryStore, memory_store
+from cellplane.data.sentences import CellTable, MemoryStore, SentenceStore, memory_store
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData
 from cellplane.errors import ColumnError, DataError, IntegrityError, VocabularyError
-from cellplane.inference import Predictor, build_network, packs, query_keys, read_cells, record, write_annotation
+from cellplane.inference import BatchedStore, Predictor, build_network, packs, query_keys, read_cells, record, write_annotation
 from tests.tiny import ANNOTATOR, CLASSES, N_GENES, TINY, random_counts, tiny_folder
 
 KEYS = DataKeys(batch_key="batch")
@@ -299,3 +299,59 @@ def test_half_precision_answers_nearly_the_same_says_so_and_holds_half_the_weigh
     assert dtypes["embedder.genes_GD"] == dtypes["encoder.blocks.0.query.weight"] == torch.bfloat16
     assert dtypes["encoder.blocks.0.norm1.weight"] == torch.float32
     assert exact.folder.model_sha256 == half.folder.model_sha256
+
+
+DECODING = replace(TINY, n_batches=3)
+
+
+def all_shares(predictor: Predictor, store: SentenceStore, batches: tuple[int, ...] | None = None) -> np.ndarray:
+    found = np.full((int(store.sizes.sum()), len(predictor.vocabulary)), np.nan, dtype=np.float32)
+    for rows, shares in predictor.rates(store, batches):
+        assert np.isnan(found[rows]).all()  # every cell once
+        found[rows] = shares
+    return found
+
+
+@pytest.fixture
+def counted() -> MemoryStore:
+    """Twenty cells of five sentences that measured all genes but the last."""
+    table = table_of(20)
+    panel = np.arange(N_GENES) < N_GENES - 1
+    kept = panel[table.gene]
+    crow = np.concatenate([[0], np.cumsum(kept)])[table.crow]
+    return memory_store(replace(table, crow=crow, gene=table.gene[kept], value=table.value[kept], panel=panel), 4)
+
+
+def test_rates_add_up_to_one_over_the_measured_genes(counted):
+    shares = all_shares(Predictor(tiny_folder(TINY)), counted)
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
+    assert (shares[:, -1] == 0).all()
+    assert (shares[:, :-1] > 0).all()
+
+
+def test_rates_do_not_depend_on_how_many_cells_are_decoded_together(counted, monkeypatch):
+    predictor = Predictor(tiny_folder(TINY))
+    whole = all_shares(predictor, counted)
+    monkeypatch.setattr(inference, "CELLS_PER_DECODE", 3)
+    np.testing.assert_allclose(all_shares(predictor, counted), whole, rtol=1e-5)
+
+
+def test_rates_of_several_batches_are_averaged_as_rates(counted):
+    predictor = Predictor(tiny_folder(DECODING))
+    each = [all_shares(predictor, counted, (batch,)) for batch in range(3)]
+    np.testing.assert_allclose(all_shares(predictor, counted, (0, 1, 2)), np.mean(each, axis=0), rtol=1e-5)
+    assert np.abs(each[0] - each[1]).max() > 1e-6
+    assert np.abs(all_shares(predictor, counted) - np.mean(each, axis=0)).max() > 1e-7  # the mean of the rows is another thing
+
+
+def test_a_store_that_knows_batches_decodes_each_cell_in_its_own(counted):
+    predictor = Predictor(tiny_folder(DECODING))
+    place = np.arange(20) % 3
+    own = all_shares(predictor, BatchedStore(counted, place))
+    each = np.stack([all_shares(predictor, counted, (batch,)) for batch in range(3)])
+    np.testing.assert_allclose(own, each[place, np.arange(20)], rtol=1e-5)
+
+
+def test_a_model_that_decodes_no_counts_has_no_rates(counted):
+    with pytest.raises(DataError, match="decodes no counts"):
+        all_shares(Predictor(tiny_folder()), counted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +18,35 @@ from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
-from cellplane.data.sources import read_h5ad, write_h5ad
+from cellplane.data.sentences import CellTable
+from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
-from cellplane.inference import TASKS, Predictor, query_keys, read_cells, record, write_annotation, write_flags
+from cellplane.inference import (
+    TASKS,
+    Predictor,
+    denoise,
+    query_keys,
+    read_cells,
+    record,
+    write_annotation,
+    write_denoised,
+    write_flags,
+)
 from cellplane.tracking.registry import resolve_model
 
-ANSWERS = {"annotate": "cellplm_cell_type_proba", "embed": "X_cellplm"}  # what an answer to each task holds in obsm
+ANSWERS = {  # what an answer to each task holds, and where
+    "annotate": ("obsm", "cellplm_cell_type_proba"),
+    "embed": ("obsm", "X_cellplm"),
+    "denoise": ("layers", "cellplm_denoised"),
+}
 
 
 class PredictConfig(Config):
-    """Annotating or embedding the cells of h5ad files."""
+    """Annotating, embedding or denoising the cells of h5ad files."""
 
     kind: Literal["predict"] = "predict"
     """What this file configures."""
-    task: Literal["annotate", "embed"] = "annotate"
+    task: Literal["annotate", "embed", "denoise"] = "annotate"
     """What is asked of the model."""
     model: str = ""
     """Model folder or models:/NAME@ALIAS."""
@@ -55,7 +71,7 @@ class PredictReport:
 
 
 def predict_files(config: PredictConfig) -> PredictReport:
-    """Annotates or embeds every input file into `config.out`; needs an initialised Ray.
+    """Annotates, embeds or denoises every input file into `config.out`; needs an initialised Ray.
 
     Raises ConfigError for missing settings or two inputs of one name, DataError when an input does not exist.
     """
@@ -110,7 +126,8 @@ def _is_done(source: Path, answer: Path, task: str, sha256: str) -> bool:
     except DataError:
         return False
     try:
-        return ANSWERS[task] in adata.obsm and adata.uns.get("cellplm", {}).get("model_sha256") == sha256
+        place, key = ANSWERS[task]
+        return key in getattr(adata, place) and adata.uns.get("cellplm", {}).get("model_sha256") == sha256
     finally:
         adata.file.close()
 
@@ -130,12 +147,33 @@ def _predict_file(task: dict[str, Any]) -> dict[str, str]:
 def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path]) -> int:
     """Reads ``paths[0]``, writes it with the answer added to ``paths[1]``; the number of cells."""
     adata, predictor = read_h5ad(paths[0]), Predictor.load(model)
-    read = read_cells(adata, predictor.vocabulary, query_keys(adata, keys), predictor.max_cells)
-    write_flags(adata, read.store.table)
-    if task == "annotate":
-        write_annotation(adata, predictor.annotate(read.store))
-    else:
-        adata.obsm["X_cellplm"] = predictor.embed(read.store)
-    adata.uns["cellplm"] = record(predictor.folder, read.report)
+    keys = query_keys(adata, keys)
+    table, report = ANSWER[task](adata, predictor, keys)
+    write_flags(adata, table)
+    adata.uns["cellplm"] = record(predictor.folder, report)
     write_h5ad(adata, paths[1])
     return int(adata.n_obs)
+
+
+Answered = tuple[CellTable, Mapping[str, Any]]  # the cells as they were read, and the report of that
+
+
+def _annotate(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
+    read = read_cells(adata, predictor.vocabulary, keys, predictor.max_cells)
+    write_annotation(adata, predictor.annotate(read.store))
+    return read.store.table, read.report
+
+
+def _embed(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
+    read = read_cells(adata, predictor.vocabulary, keys, predictor.max_cells)
+    adata.obsm["X_cellplm"] = predictor.embed(read.store)
+    return read.store.table, read.report
+
+
+def _denoise(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
+    found = denoise(predictor, adata, keys)
+    write_denoised(adata, found)
+    return found.table, found.report
+
+
+ANSWER: dict[str, Callable[[AnnData, Predictor, DataKeys], Answered]] = {"annotate": _annotate, "embed": _embed, "denoise": _denoise}

@@ -38,7 +38,8 @@ class CellBatch:
     row: Tensor  # [C] int64
     labels: Tensor | None = None  # [C] int64, -1 = unlabelled
     perturbation: Tensor | None = None  # [C, 2] int64 gene positions, -1 = none
-    perturbation_sign: Tensor | None = None  # [C, 2] float32
+    perturbation_sign: Tensor | None = None  # [C, 2] float32: -1 silences the gene, 1 raises it, 0 leaves its counts alone
+    perturbation_kind: Tensor | None = None  # [C, 2] int64, see `model.perturbation.KINDS`
 
     def __post_init__(self) -> None:
         if self._fits():  # cheap, because a loader makes thousands; what does not fit is then looked at closely
@@ -173,7 +174,12 @@ class CellBatch:
 
 
 PER_CELL = ("panel_index", "batch_index", "dataset_index", "platform_index", "row")
-OPTIONAL_PER_CELL: dict[str, tuple[int, ...]] = {"labels": (), "perturbation": (2,), "perturbation_sign": (2,)}  # shape of one cell's
+OPTIONAL_PER_CELL: dict[str, tuple[int, ...]] = {  # shape of one cell's
+    "labels": (),
+    "perturbation": (2,),
+    "perturbation_sign": (2,),
+    "perturbation_kind": (2,),
+}
 
 
 def single_panel_batch(

@@ -6,6 +6,7 @@ answer depends on the sentence it is seen in; sentences are built deterministica
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -258,22 +259,79 @@ def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> N
     return np.array([place.get(str(name), -1) for name in data.var_names], dtype=np.int64)
 
 
-def denoised(predictor: Predictor, store: SentenceStore, columns: NDArray[np.int64], batches: Sequence[int] | None) -> NDArray[np.float32]:
-    """Rates per 10,000, [n, len(columns)] float32: NaN for a column without a place in the vocabulary (see `gene_columns`).
+@dataclass(frozen=True)
+class BatchedStore:
+    """A SentenceStore whose cells know their batch: ``batch_index`` [n] positions in the decoder's table, -1 = unseen."""
+
+    store: MemoryStore
+    batch_index: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Cells of every sentence."""
+        return self.store.sizes
+
+    def read(self, sentences: Sequence[int]) -> CellBatch:
+        """See SentenceStore."""
+        batch = self.store.read(sentences)
+        return replace(batch, batch_index=torch.from_numpy(self.batch_index[batch.row.numpy()]))
+
+    @classmethod
+    def of(cls, table: CellTable, names: Sequence[str], max_cells: int) -> BatchedStore:
+        """The table's cells in sentences of their own batch, its name looked up among ``names``."""
+        place = {name: index for index, name in enumerate(names)}
+        none = np.full(table.n_cells, -1, dtype=np.int64)
+        known = none if table.batch is None else np.array([place.get(str(name), -1) for name in table.batch], dtype=np.int64)
+        return cls(memory_store(table, max_cells), known)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """``rates`` per 10,000, [n, n_vars] float32: NaN for genes without a place in the vocabulary; and the cells they are of."""
+
+    rates: NDArray[np.float32]
+    table: CellTable
+    report: Mapping[str, Any]
+
+
+def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: str | None = None) -> Denoised:
+    """What a model expects every cell to show, decoded in ``target_batch`` or as `decoded_in` says.
 
     Beside the answer only some cells' genes are in memory at a time. Columns of one gene all get the gene's rate.
     """
+    folder = predictor.folder
+    table, report = cell_table(data, folder.vocabulary, keys)
+    store = BatchedStore.of(table, batches_of(folder), folder.max_cells)
+    columns = gene_columns(data, keys, folder.vocabulary)
     known = columns >= 0
-    rates = np.full((int(store.sizes.sum()), len(columns)), np.nan, dtype=np.float32)
-    for rows, shares in predictor.rates(store, batches):
+    rates = np.full((table.n_cells, len(columns)), np.nan, dtype=np.float32)
+    for rows, shares in predictor.rates(store, decoded_in(folder, store, target_batch)):
         rates[np.ix_(rows, known)] = RATES_PER * shares[:, columns[known]]
-    return rates
+    return Denoised(rates, table, report)
 
 
-def write_denoised(data: AnnData, rates: NDArray[np.float32], table: CellTable, key_added: str = "cellplm") -> None:
+def batches_of(folder: ModelFolder) -> tuple[str, ...]:
+    """The batches a denoiser learned, in the order of its decoder's table; none for a base model, whose are not the user's."""
+    return tuple(json.loads(folder.lineage.get("batches", "[]")))
+
+
+def decoded_in(folder: ModelFolder, store: BatchedStore, target: str | None) -> tuple[int, ...] | None:
+    """Which batches to decode cells in: the target; None = each in its own; all learned ones where a cell's own was not."""
+    names = batches_of(folder)
+    if target is not None:
+        if target not in names:
+            raise ConfigError(f"no batch {target!r} was learned; there are {', '.join(names) or 'none: fit with keys.batch_key'}")
+        return (names.index(target),)
+    if not names or (store.batch_index >= 0).all():
+        return None
+    log.info("%d cells are of batches that were not learned: all are decoded in the mean of %d", (store.batch_index < 0).sum(), len(names))
+    return tuple(range(len(names)))
+
+
+def write_denoised(data: AnnData, found: Denoised, key_added: str = "cellplm") -> None:
     """Writes layers[key_denoised], rates per 10,000, and obs[key_size_factor], each cell's counts in genes the model knows."""
-    data.layers[f"{key_added}_denoised"] = rates
-    data.obs[f"{key_added}_size_factor"] = table.totals().astype(np.float32)
+    data.layers[f"{key_added}_denoised"] = found.rates
+    data.obs[f"{key_added}_size_factor"] = found.table.totals().astype(np.float32)
 
 
 def write_flags(data: AnnData, table: CellTable, key_added: str = "cellplm") -> None:

@@ -23,6 +23,7 @@ JOBS = {
     "finetune": ["finetune", "annotate"],
     "evaluate": ["evaluate", "annotate"],
     "predict": ["predict", "annotate"],
+    "tune": ["tune", "annotate"],
 }
 
 
@@ -52,6 +53,7 @@ def test_every_verb_helps(run, verb):
 def test_every_verb_of_the_issue_is_there():
     named = {" ".join(verb) for verb in verbs()}
     assert {"data convert", "pretrain", "finetune annotate", "evaluate annotate", "predict annotate", "predict embed"} <= named
+    assert {"finetune denoise", "finetune impute", "evaluate denoise", "predict denoise", "tune annotate", "tune denoise"} <= named
     assert {"models list", "models promote", "serve", "doctor", "demo", "up", "down", "status", "config show"} <= named
 
 
@@ -76,6 +78,13 @@ def one_line(said) -> str:
         (["finetune", "annotate", "-o", "optimizer.steps"], "not of the form key"),
         (["finetune", "annotate", "--config", "nowhere.yaml"], r"no config file 'nowhere\.yaml'.*annotate"),
         (["finetune", "annotate"], "data is empty"),
+        (["finetune", "denoise"], "data is empty"),
+        (["finetune", "impute"], "data is empty"),
+        (["finetune", "denoise", "-o", "seen_weight=3"], "copying would be learned"),
+        (["tune", "annotate"], "data is empty"),
+        (["tune", "annotate", "--config", "denoise"], "cellplane tune denoise"),
+        (["tune", "annotate", "-o", "space={optimizer.lr: {low: 1}}"], "low 1.0 must lie below high 0.02"),
+        (["evaluate", "denoise"], "model is empty"),
         (["pretrain"], "shards is empty"),
         (["pretrain", "-o", "wrokers.count=1"], "did you mean 'workers'"),
         (["pretrain", "-o", "model=huge"], "none of that name is shipped for model: 10m, 300m, 85m, tiny"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from cellplane.artifact import official as names
 from cellplane.artifact.folder import ModelFolder
 from cellplane.data.config import SimulateConfig
 from cellplane.data.simulate import simulate
-from cellplane.data.sources import AnnData
+from cellplane.data.sources import AnnData, write_h5ad
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import new_model
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
+from cellplane.pipelines.config import FinetuneConfig
+from cellplane.tracking.runs import RunSpec, TrackedRun, local_uri
 
 RECIPE: dict[str, Any] = {
     "model": {"width": 32, "n_heads": 2, "n_blocks": 1, "latent_width": 16},
@@ -25,6 +28,8 @@ RECIPE: dict[str, Any] = {
     "max_cells": 100,
 }
 N_GENES = 150
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
+STEPS = 30
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +113,39 @@ def official_weights() -> dict[str, torch.Tensor]:
             name = f"encoder.layers.{block}.{blocks[layer]}.{leaf}"
         weights[name] = tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
     return weights
+
+
+@dataclass
+class Place:
+    """A home with cells in it."""
+
+    home: Path
+    train: Path
+    test: Path
+
+    def config(self, **changes: Any) -> FinetuneConfig:
+        plain = {**RECIPE, "optimizer": {"steps": STEPS, "lr": 1e-2, "warmup_steps": 5}, "validate_every": 10}
+        return FinetuneConfig.model_validate({**plain, "data": str(self.train), "test": str(self.test), "run": "types", **changes})
+
+
+@pytest.fixture(scope="session")
+def empty_tracker(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An sqlite file with MLflow's tables and nothing in them: making the tables takes seconds."""
+    folder = tmp_path_factory.mktemp("tracker")
+    TrackedRun.open(RunSpec(run_key="none", experiment="cellplane/none", name="none"), local_uri(folder)).finish()
+    return (folder / "mlflow.db").read_bytes()
+
+
+def make_place(home: Path, training: AnnData, query: AnnData) -> Place:
+    torch.set_num_threads(1)
+    for name, data in (("train", training), ("test", query)):
+        write_h5ad(data, home / f"{name}.h5ad")
+    return Place(home, home / "train.h5ad", home / "test.h5ad")
+
+
+@pytest.fixture
+def alone(tmp_path: Path, training: AnnData, query: AnnData, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A place without a tracker."""
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    return make_place(tmp_path, training, query)

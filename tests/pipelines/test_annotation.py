@@ -142,11 +142,14 @@ def test_labels_never_learned_count_as_wrong(fitted, query):
     assert scores["accuracy"] <= 1 - (labels == "never seen").mean()
 
 
-def test_numbers_as_labels_come_back_as_their_text(training):
+def test_numbers_as_labels_come_back_as_numbers_and_stay_text_in_the_model(training):
     data = training.copy()
     data.obs["cluster"] = data.obs["cell_type"].cat.codes + 5
     pipeline = CellTypeAnnotationPipeline(config=SHORT).fit(data, label_fields=["cluster"])
-    assert pipeline.classes_ == ("5", "6", "7", "8")
+    assert pipeline.classes_ == (5, 6, 7, 8)
+    assert pipeline.folder_.classes == ("5", "6", "7", "8")
+    assert set(pipeline.predict(data)) <= {5, 6, 7, 8}
+    assert "label_type" not in fit_briefly(training).folder_.lineage
 
 
 def test_unused_categories_are_no_classes(training):
@@ -210,7 +213,7 @@ def test_a_damaged_or_another_model_does_not_load(fitted, base_model, tmp_path):
     (path / "weights.safetensors").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"weights\.safetensors"):
         CellTypeAnnotationPipeline.load(path)
-    with pytest.raises(DataError, match="not an annotation pipeline"):
+    with pytest.raises(DataError, match="not one to annotate with"):
         CellTypeAnnotationPipeline.load(save_model(base_model, tmp_path / "base"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from cellplane.artifact.folder import ModelFolder
 
-TITLES = {"pretrain": "a pre-trained cell language model", "annotate": "a cell type annotator"}
+TITLES = {"pretrain": "a pre-trained cell language model", "annotate": "a cell type annotator", "denoise": "a denoiser of counts"}
 
 
 def model_card(model: ModelFolder, scores: Mapping[str, Mapping[str, float]] | None = None) -> str:

@@ -58,6 +58,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         typer.echo("  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip())
 
 
+def report_of(report: Any) -> dict[str, Any]:
+    """What to print of a job's report."""
+    return {
+        "model": report.model,
+        "steps": report.steps,
+        "reused": report.reused,
+        "seconds": round(report.seconds, 1),
+        "run_id": report.run_id or "not tracked",
+        "version": report.version or "not registered",
+    }
+
+
+def scores_table(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints scores by method."""
+    metrics = list(next(iter(scores.values())))
+    table(["method", *metrics], [[method, *(f"{row[metric]:.3f}" for metric in metrics)] for method, row in scores.items()])
+
+
 def say(text: str) -> None:
     """A line about what goes on, kept out of the result on standard output."""
     typer.echo(text, err=True)

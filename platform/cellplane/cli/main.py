@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import cellplane
-from cellplane.cli import data, models, ops, serve, train
+from cellplane.cli import data, finetune, gc, models, ops, plan, serve, train, tune
 from cellplane.errors import CellplaneError
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -34,16 +34,19 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(ops.config_app, name="config")
-app.add_typer(train.finetune_app, name="finetune")
+app.add_typer(finetune.finetune_app, name="finetune")
+app.add_typer(tune.tune_app, name="tune")
 app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(train.predict_app, name="predict")
 app.command("pretrain")(train.pretrain)
+app.command("plan")(plan.plan)
 app.command("serve")(serve.serve)
 app.command("demo")(ops.demo)
 app.command("doctor")(ops.doctor)
 app.command("up")(ops.up)
 app.command("down")(ops.down)
 app.command("status")(ops.status)
+app.command("gc")(gc.gc)
 
 
 def _version(wanted: bool) -> None:

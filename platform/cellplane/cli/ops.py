@@ -25,6 +25,13 @@ SCHEMAS = {  # kind of a config file = its folder -> module and class that read 
     "pretrain": ("cellplane.train.config", "PretrainConfig"),
     "serve": ("cellplane.serve.deployment", "ServeConfig"),
     "simulate": ("cellplane.data.config", "SimulateConfig"),
+    "tune": ("cellplane.pipelines.tune_config", "TuneConfig"),
+}
+TASK_SCHEMAS = {  # where the task of a file says more than its kind
+    ("evaluate", "denoise"): ("cellplane.pipelines.config", "DenoiseEvaluation"),
+    ("finetune", "denoise"): ("cellplane.pipelines.config", "DenoiseJobConfig"),
+    ("finetune", "impute"): ("cellplane.pipelines.imputation_job", "ImputeJobConfig"),
+    ("finetune", "perturb"): ("cellplane.pipelines.perturbation_job", "PerturbJobConfig"),
 }
 
 
@@ -35,10 +42,11 @@ def load_any(path: Path, overrides: list[str] | None = None) -> Config:
 
     if not path.is_file():
         raise ConfigError(f"no config file {str(path)!r}")
-    kind = str(read_yaml(path).get("kind", path.absolute().parent.name))
+    raw = read_yaml(path)
+    kind = str(raw.get("kind", path.absolute().parent.name))
     if kind not in SCHEMAS:
         raise ConfigError(f"{path}: kind {kind!r} is not one of {', '.join(SCHEMAS)}")
-    module, name = SCHEMAS[kind]
+    module, name = TASK_SCHEMAS.get((kind, str(raw.get("task"))), SCHEMAS[kind])
     loaded: Config = load_config(getattr(importlib.import_module(module), name), path, kind, overrides or [])
     return loaded
 

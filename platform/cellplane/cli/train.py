@@ -1,4 +1,4 @@
-"""`cellplane pretrain | finetune | evaluate | predict`: everything that runs a model over cells."""
+"""`cellplane pretrain | evaluate | predict`: everything that runs a model over cells; fine-tuning has a file of its own."""
 
 from __future__ import annotations
 
@@ -7,74 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
-from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, progress, table, use_running_stack
+from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, progress, report_of, scores_table, table, use_running_stack
 
-finetune_app = typer.Typer(help="Fine-tune a model for a task.", no_args_is_help=True)
 evaluate_app = typer.Typer(help="Score a model beside its baselines.", no_args_is_help=True)
 predict_app = typer.Typer(help="Ask a model about the cells of h5ad files.", no_args_is_help=True)
 
 
 def pretrain(
-    config: ConfigOption = "demo",
+    config: ConfigOption = None,
     override: Overrides = None,
     shards: Annotated[Path | None, typer.Option("--shards", help="Folder written by `cellplane data convert`.")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Name of a run to go on with from its newest valid checkpoint.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pre-train by masking on Ray Train; a run that was stopped goes on when it is started again."""
-    answer(pretrain_run(config, [*given({"shards": shards, "run": resume}), *(override or [])], resume is not None), as_json)
+    """Pre-train by masking on Ray Train; a run that was stopped goes on when it is started again.
+
+    Without --config: the demo's, and with --resume the one that the run was started with.
+    """
+    answer(pretrain_run(config, [*given({"shards": shards, "run": resume}), *(override or [])], resume), as_json)
 
 
-def pretrain_run(config: str | None, overrides: list[str], must_exist: bool = False) -> dict[str, Any]:
+def pretrain_run(config: str | None, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
     """Loads the configuration and pre-trains on whatever Ray there is; what to print."""
     from cellplane.cluster import local_ray
     from cellplane.config import load_config
-    from cellplane.errors import CheckpointError
     from cellplane.pipelines.jobs import check_pretrain, run_pretrain
-    from cellplane.train.checkpoint import Checkpoints
+    from cellplane.train.checks import resumed_config
     from cellplane.train.config import PretrainConfig
-    from cellplane.train.launch import RunFolder
 
     use_running_stack()
-    loaded = load_config(PretrainConfig, config, "pretrain", overrides)
-    if must_exist and not Checkpoints(RunFolder.of(loaded.run).checkpoints).found():
-        raise CheckpointError(f"there is nothing to resume: run {loaded.run!r} has no checkpoint in {RunFolder.of(loaded.run).checkpoints}")
+    if resume is not None:
+        loaded = resumed_config(resume, config, overrides)
+    else:
+        loaded = load_config(PretrainConfig, config or "demo", "pretrain", overrides)
     check_pretrain(loaded)  # before a cluster is started for nothing
     with local_ray(log_to_driver=False), progress(f"pre-training {loaded.run}") as show:
         report = run_pretrain(loaded, show)
-    return _report(report)
-
-
-@finetune_app.command("annotate")
-def finetune_annotate(
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    data: Annotated[Path | None, typer.Option("--data", help="h5ad with labelled cells.")] = None,
-    test: Annotated[Path | None, typer.Option("--test", help="h5ad of held-out labelled cells, scored beside the baselines.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS to start from.")] = None,
-    labels_key: Annotated[str | None, typer.Option(help="obs column of the labels.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Learn cell types from labelled cells."""
-    options = given({"data": data, "test": test, "base_model": model, "keys.labels_key": labels_key})
-    result = finetune_run(config, [*options, *(override or [])])
-    scores = result.pop("scores")
-    answer({**result, "scores": scores} if as_json else result, as_json)
-    if scores and not as_json:
-        _scores(scores)
-
-
-def finetune_run(config: str | None, overrides: list[str]) -> dict[str, Any]:
-    """Loads the configuration and fine-tunes; what to print, scores apart."""
-    from cellplane.config import load_config
-    from cellplane.pipelines.config import FinetuneConfig
-    from cellplane.pipelines.jobs import run_finetune
-
-    use_running_stack()
-    loaded = load_config(FinetuneConfig, config, "finetune", overrides)
-    with progress(f"fine-tuning {loaded.run}") as show:
-        report = run_finetune(loaded, show)
-    return {**_report(report), "scores": report.scores}
+    return {**report_of(report), **report.summary, "steps": report.steps}
 
 
 @evaluate_app.command("annotate")
@@ -91,7 +60,7 @@ def evaluate_annotate(
     if as_json:
         answer(result, True)
         return
-    _scores(result["scores"])
+    scores_table(result["scores"])
     answer({"plots": result["out"]}, False)
 
 
@@ -99,11 +68,59 @@ def evaluate_run(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """Loads the configuration and evaluates; scores by method and the folder of plots."""
     from cellplane.config import load_config
     from cellplane.pipelines.config import EvaluateConfig
-    from cellplane.pipelines.jobs import run_evaluate
+    from cellplane.pipelines.evaluation import run_evaluate
 
     use_running_stack()
     scores, out = run_evaluate(load_config(EvaluateConfig, config, "evaluate", overrides))
     return {"scores": scores, "out": str(out)}
+
+
+@evaluate_app.command("denoise")
+def evaluate_denoise(
+    config: ConfigOption = "denoise",
+    override: Overrides = None,
+    model: Annotated[str | None, typer.Option("--model", help="A denoiser or a base model: folder or models:/NAME@ALIAS.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="h5ad of the cells.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fine-tune it on the thinned cells first, as in use.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Errors on counts taken out of the cells, by masking and by count splitting, beside gene frequency and kNN."""
+    from cellplane.config import load_config
+    from cellplane.pipelines.config import DenoiseEvaluation
+    from cellplane.pipelines.evaluation import run_evaluate_denoising
+
+    use_running_stack()
+    options = [*given({"model": model, "data": data, "refit": refit}), *(override or [])]
+    scores, out = run_evaluate_denoising(load_config(DenoiseEvaluation, config, "evaluate", options))
+    if as_json:
+        answer({"scores": scores, "out": str(out)}, True)
+        return
+    scores_table(scores)
+    answer({"out": str(out)}, False)
+
+
+@evaluate_app.command("pretraining")
+def evaluate_pretraining(
+    model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
+    shards: Annotated[Path, typer.Option("--shards", help="Folder written by `cellplane data convert`; those it was trained on will do.")],
+    context: Annotated[list[str] | None, typer.Option("--context", help="own, self, shuffled_coordinates, shuffled_neighbours.")] = None,
+    max_cells: Annotated[int, typer.Option(min=1, help="At most about so many held-out cells.")] = 20_000,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of scores.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Nats of hidden counts in sentences that training never saw, by context, beside the genes' means; smaller is better."""
+    from cellplane.pipelines.pretraining import PretrainingEvaluation, run_evaluate_pretraining
+
+    use_running_stack()
+    config = PretrainingEvaluation(model=model, shards=str(shards), max_cells=max_cells, out=None if out is None else str(out))
+    result = run_evaluate_pretraining(config.model_copy(update={"contexts": tuple(context or config.contexts)}))
+    if as_json:
+        answer(result, True)
+        return
+    scores_table(result["scores"])
+    gains = [[name, *(f"{gain[part]:.4f}" for part in ("mean", "low", "high"))] for name, gain in result["gains"].items()]
+    table(["gain, nats per hidden value", "mean", "2.5 %", "97.5 %"], gains)
+    answer({name: result[name] for name in ("sentences", "cells", "hidden_values", "out")}, False)
 
 
 @predict_app.command("annotate")
@@ -132,6 +149,51 @@ def predict_embed(
     _predict(config, [*given({"task": "embed", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
 
 
+@predict_app.command("denoise")
+def predict_denoise(
+    inputs: Annotated[list[Path] | None, typer.Argument(help="h5ad files.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")] = None,
+    config: ConfigOption = "annotate",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Expected counts of every cell: layers["cellplm_denoised"], rates per 10,000."""
+    _predict(config, [*given({"task": "denoise", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
+
+
+@predict_app.command("impute")
+def predict_impute(
+    inputs: Annotated[list[Path], typer.Argument(help="h5ad files of spatial cells.")],
+    model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the answers.")],
+    as_json: Json = False,
+) -> None:
+    """Genes that the cells lack: one h5ad of cells x imputed genes for each input."""
+    _predict_new("impute", (inputs, model, out), None, as_json)
+
+
+@predict_app.command("perturb")
+def predict_perturb(
+    inputs: Annotated[list[Path], typer.Argument(help="h5ad files of control cells.")],
+    model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the answers.")],
+    perturbation: Annotated[list[str] | None, typer.Option("--perturbation", help="Its name; may be repeated. None: all learned.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What the cells become: one h5ad of perturbations x genes for each input."""
+    _predict_new("perturb", (inputs, model, out), perturbation, as_json)
+
+
+def _predict_new(task: str, what: tuple[list[Path], str, Path], perturbations: list[str] | None, as_json: bool) -> None:
+    from cellplane.pipelines.prediction import predict_new
+
+    use_running_stack()
+    inputs, model, out = what
+    report = predict_new(task, model, (inputs, out), perturbations)
+    answer({"written": ", ".join(map(str, report.written)) or "nothing new", "reused": len(report.reused)}, as_json)
+
+
 def _predict(config: str | None, overrides: list[str], as_json: bool) -> None:
     result, failed = predict_run(config, overrides)
     answer(result, as_json)
@@ -157,19 +219,3 @@ def predict_run(config: str | None, overrides: list[str]) -> tuple[dict[str, Any
     files = ", ".join(str(path) for path in report.written)
     result = {"written": files or "nothing new", "new": len(report.written), "reused": len(report.reused), "cells": report.cells}
     return result, report.failed
-
-
-def _report(report: Any) -> dict[str, Any]:
-    return {
-        "model": report.model,
-        "steps": report.steps,
-        "reused": report.reused,
-        "seconds": round(report.seconds, 1),
-        "run_id": report.run_id or "not tracked",
-        "version": report.version or "not registered",
-    }
-
-
-def _scores(scores: dict[str, dict[str, float]]) -> None:
-    metrics = list(next(iter(scores.values())))
-    table(["method", *metrics], [[method, *(f"{row[metric]:.3f}" for metric in metrics)] for method, row in scores.items()])

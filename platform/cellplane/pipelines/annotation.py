@@ -9,7 +9,6 @@ cells are training cells only, query cells never enter the training context, and
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,41 +16,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from cellplane.artifact.folder import ModelFolder, load_model, save_model
-from cellplane.artifact.genes import with_genes
+from cellplane.artifact.folder import ModelFolder
+from cellplane.cells import CellBatch
 from cellplane.config import fingerprint
-from cellplane.data.config import DataKeys
-from cellplane.data.gene_mapping import genes_without_place
-from cellplane.data.gene_tables import installed_tables
-from cellplane.data.sentences import MemoryStore, PlanConfig, StepPlan, memory_store
-from cellplane.data.sources import AnnData, cell_table, column, find_counts
+from cellplane.data.config import UNLABELLED as UNLABELLED
+from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, StepPlan, memory_store
+from cellplane.data.sources import AnnData, cell_table, column
 from cellplane.errors import ConfigError, DataError
-from cellplane.genes import GeneVocabulary
-from cellplane.inference import Annotation, Predictor, build_network, query_keys, read_cells, record, write_annotation
+from cellplane.inference import UNKNOWN, Annotation, Read, query_keys, read_cells, record, write_annotation, write_flags
 from cellplane.model.cellplm import CellPLM, new_model
-from cellplane.pipelines.base import as_config, open_model, stratified_split
+from cellplane.pipelines.base import Estimator, as_config, base_name, check_transfer, starting_model, stratified_split, take_over
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
-from cellplane.train.engine import StepResult, TorchEngine
-from cellplane.train.loop import train
+from cellplane.pipelines.probe import Probe, ProbeObjective, shifted, stacked, without_counts
+from cellplane.train.config import TransferConfig
+from cellplane.train.finetune import Best, Course, Look, Progress, device_named, finetune
+from cellplane.train.loop import Keeping
 from cellplane.train.objective import MaskedObjective
 
 log = logging.getLogger(__name__)
 
-UNLABELLED = ("", "nan", "NA", "None")  # never a cell type
+LABEL_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__}  # from the text that a model keeps
 TRANSFERRED = ("embedder.", "encoder.")  # what a fine-tuned model takes over from its base
-Progress = Callable[[int, Mapping[str, float]], None]  # (steps done, metrics)
 
 
-class CellTypeAnnotationPipeline:
+class CellTypeAnnotationPipeline(Estimator):
     """fit / predict / predict_proba / score / save / load on AnnData; learned attributes end in an underscore.
 
     ``model`` is a model folder or registry URI to start from (None: from scratch); ``pretrain_prefix`` with
     ``pretrain_directory`` names an official CellPLM checkpoint instead.
     """
+
+    task = "annotate"
+    recipe = AnnotationConfig
+    config: AnnotationConfig
 
     def __init__(
         self,
@@ -61,17 +64,17 @@ class CellTypeAnnotationPipeline:
         pretrain_prefix: str | None = None,
         pretrain_directory: str | Path | None = None,
     ) -> None:
-        self.base = open_model(model, pretrain_prefix, pretrain_directory)
-        self.config: AnnotationConfig = as_config(AnnotationConfig, config, AnnotationConfig())
-        self.folder_: ModelFolder | None = None
-        self.history_: list[dict[str, float]] = []
-        self._predictor: Predictor | None = None
-        self._best_step = 0
+        super().__init__(model, config, pretrain_prefix=pretrain_prefix, pretrain_directory=pretrain_directory)
 
     @property
-    def classes_(self) -> tuple[str, ...]:
-        """The cell types learned, sorted; DataError before fit."""
-        return self._fitted().folder.classes
+    def classes_(self) -> tuple[Any, ...]:
+        """The cell types learned, sorted as text, in the type the labels had: str, int, float or bool; DataError before fit."""
+        return tuple(map(self._label, self._fitted().folder.classes))
+
+    def _label(self, text: str) -> Any:
+        """A label in the type it was learned in; a model itself keeps text."""
+        kind = self._fitted().folder.lineage.get("label_type")
+        return text if kind is None or text == UNKNOWN else LABEL_TYPES[kind](text)
 
     def fit(
         self,
@@ -79,21 +82,24 @@ class CellTypeAnnotationPipeline:
         config: AnnotationConfig | Mapping[str, Any] | None = None,
         label_fields: Sequence[str] | None = None,
         progress: Progress | None = None,
+        keeping: Keeping | None = None,
     ) -> CellTypeAnnotationPipeline:
         """Learns the labels in ``label_fields[0]`` (default: config.keys.labels_key); cells without a label are left out.
 
-        The AnnData is not changed. Raises DataError for fewer than two cell types, ColumnError for an unknown column.
+        The AnnData is not changed. With a ``keeping`` a fit that was killed goes on where it was. Raises DataError for
+        fewer than two cell types, ColumnError for an unknown column.
         """
         if label_fields is not None and len(label_fields) != 1:
             raise ConfigError(f"one label field can be learned at a time, found {list(label_fields)}")
-        self.config = as_config(AnnotationConfig, config, self.config)
+        self.config = self.configured(config)
+        check_transfer(self.config.transfer, self.base, new=("latent",))
         keys = self.config.keys if label_fields is None else self.config.keys.model_copy(update={"labels_key": label_fields[0]})
         self.config = self.config.model_copy(update={"keys": keys})
         if keys.labels_key is None:
             raise ConfigError("no label column is named: pass label_fields=[...] or set keys.labels_key")
         classes = label_classes(column(data, keys.labels_key), keys.labels_key)
-        start = self._start(data, keys)
-        vocabulary = start.vocabulary if start is not None else GeneVocabulary.from_ids(dict.fromkeys(find_counts(data, keys).gene_ids))
+        kind = label_type(data.obs[keys.labels_key], keys.labels_key)
+        start, vocabulary = starting_model(self.base, data, keys, self.config.new_genes)
         table, report = cell_table(data, vocabulary, keys, classes)
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
@@ -101,38 +107,36 @@ class CellTypeAnnotationPipeline:
         if len(known) < table.n_cells:
             missing = table.n_cells - len(known)
             log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
-        kept, held_out = stratified_split(table.labels[known], self.config.validation_share, self.config.seed)
-        if len(held_out) == 0:
-            raise DataError(
-                f"a validation_share of {self.config.validation_share} holds out none of {len(known)} labelled cells, but some must choose "
-                "the best step; raise it, or label more cells of each type"
-            )
         network = self._network(start, len(vocabulary), len(classes))
-        stores = tuple(memory_store(table.rows(known[rows]), self.config.max_cells) for rows in (kept, held_out))
-        weights = self._train(network, stores, progress)
+        best = self._learn(network, self._split(table.rows(known)), Course(progress, keeping))
+        self.history_ = best.history
         self.folder_ = ModelFolder(
             config=network.config,
-            weights=weights,
+            weights={**network.cpu().state_dict(), **best.weights},
             vocabulary=vocabulary,
             task="annotate",
             max_cells=self.config.max_cells,
             classes=classes,
-            lineage=self._lineage(len(known), report),
+            lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
         )
-        self._predictor = Predictor(self.folder_)
+        self.adopt(self.folder_)
         return self
 
     def predict(self, data: AnnData, config: Mapping[str, Any] | None = None, *, key_added: str | None = None) -> NDArray[np.object_]:
-        """Cell type of every cell, [n] str, in the order of ``data``.
+        """Cell type of every cell, [n], in the order of ``data``: one of ``classes_``, or "unknown" without counts the model knows.
 
         Sentences are built from ``data`` alone. With ``key_added`` (e.g. "cellplm") the answer is also written into
-        ``data``: obs[key_cell_type], obs[key_confidence], obsm[key_cell_type_proba], uns["cellplm"].
+        ``data``: obs[key_cell_type] (text), obs[key_confidence], obsm[key_cell_type_proba], uns["cellplm"], and for cells
+        that are unknown the reason in obs[key_flag].
         """
-        annotation, report = self._annotate(data, config)
+        annotation, read = self._annotate(data, config)
         if key_added is not None:
+            write_flags(data, read.store.table, key_added)
             write_annotation(data, annotation, key_added)
-            data.uns["cellplm"] = record(self._fitted().folder, report)
-        return annotation.labels
+            data.uns["cellplm"] = record(self._fitted().folder, read.report)
+        typed: NDArray[np.object_] = np.empty(len(annotation.labels), dtype=object)
+        typed[:] = [self._label(text) for text in annotation.labels]
+        return typed
 
     def predict_proba(self, data: AnnData, config: Mapping[str, Any] | None = None) -> NDArray[np.float32]:
         """Probability of every class, [n, n_classes], columns as in ``classes_``."""
@@ -145,113 +149,82 @@ class CellTypeAnnotationPipeline:
             raise ConfigError("no label column is named: pass label_fields=[...]")
         truth = column(data, key)
         labelled = np.array([label is not None and label not in UNLABELLED for label in truth])
-        return annotation_scores(truth[labelled], self.predict(data)[labelled])
+        new = [label for label in truth[labelled] if label not in self._fitted().folder.classes]
+        if new:
+            names = ", ".join(sorted(set(new))[:5])
+            log.warning("%d of %d cells have labels that were never learned and count as wrong: %s", len(new), labelled.sum(), names)
+        return annotation_scores(truth[labelled], self._annotate(data, None)[0].labels[labelled])
 
-    def save(self, directory: str | Path) -> Path:
-        """Writes the model folder (manifest with checksums, weights, vocabulary, classes)."""
-        return save_model(self._fitted().folder, Path(directory))
-
-    @classmethod
-    def load(cls, directory: str | Path) -> CellTypeAnnotationPipeline:
-        """A saved pipeline, ready to predict; every file is verified."""
-        pipeline = cls()
-        pipeline.folder_ = load_model(Path(directory))
-        if pipeline.folder_.task != "annotate":
-            raise DataError(f"{directory} holds a {pipeline.folder_.task} model, not an annotation pipeline")
-        pipeline._predictor = Predictor(pipeline.folder_)
-        return pipeline
-
-    def _fitted(self) -> Predictor:
-        if self._predictor is None:
-            raise DataError("this pipeline has not learned anything yet: call fit, or load a saved one")
-        return self._predictor
-
-    def _annotate(self, data: AnnData, config: Mapping[str, Any] | None) -> tuple[Annotation, Mapping[str, Any]]:
+    def _annotate(self, data: AnnData, config: Mapping[str, Any] | None) -> tuple[Annotation, Read]:
         predictor = self._fitted()
         keys = self.config.keys if config is None else as_config(AnnotationConfig, config, self.config).keys
         read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells)
-        return predictor.annotate(read.store), read.report
+        return predictor.annotate(read.store), read
 
-    def _start(self, data: AnnData, keys: DataKeys) -> ModelFolder | None:
-        """The base model, with rows for the data's new genes when these are to be learned."""
-        if self.base is None or self.config.new_genes == "leave_out":
-            return self.base
-        new = genes_without_place(find_counts(data, keys).gene_ids, self.base.vocabulary, installed_tables())
-        log.info("%d genes that the base model does not know begin as the mean of its genes", len(new))
-        return with_genes(self.base, new)
+    def _split(self, table: CellTable) -> tuple[MemoryStore, MemoryStore]:
+        """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
+        assert table.labels is not None
+        kept, held_out = stratified_split(table.labels, self.config.validation_share, self.config.seed)
+        if len(held_out) == 0:
+            raise DataError(
+                f"a validation_share of {self.config.validation_share} holds out none of {table.n_cells} labelled cells, but some must "
+                "choose the best step; raise it, or label more cells of each type"
+            )
+        training, validation = (memory_store(table.rows(rows), self.config.max_cells) for rows in (kept, held_out))
+        return training, validation
 
     def _network(self, start: ModelFolder | None, n_genes: int, n_classes: int) -> CellPLM:
         config = self.config.model if start is None else start.config
         config = replace(config, latent="ae", decoder="none", n_genes=n_genes, n_classes=n_classes, n_batches=0, n_datasets=0)
-        config = replace(config, head_dropout=self.config.head_dropout)
-        network = new_model(config, self.config.seed)
+        network = new_model(replace(config, head_dropout=self.config.head_dropout), self.config.seed)
         if start is not None:
-            taken = {name: tensor for name, tensor in build_network(start).state_dict().items() if name.startswith(TRANSFERRED)}
-            missing, unexpected = network.load_state_dict(taken, strict=False)
-            if unexpected or any(name.startswith(TRANSFERRED) for name in missing):
-                raise DataError(f"the base model does not fit: missing {missing}, unexpected {unexpected}")
+            take_over(network, start, TRANSFERRED)
         return network
 
-    def _train(self, network: CellPLM, stores: tuple[MemoryStore, ...], progress: Progress | None) -> dict[str, torch.Tensor]:
+    def _learn(self, network: CellPLM, stores: tuple[MemoryStore, MemoryStore], course: Course) -> Best:
         config, (training, validation) = self.config, stores
-        objective = MaskedObjective(training, config.masking, sentence_weights=training.sizes.astype(np.float64))
         plan = StepPlan(training.sizes, PlanConfig(seed=config.seed, cells_per_micro_batch=config.max_cells, micro_batches_per_step=1))
-        best = Best(network, validation, config, progress)
-        self.history_ = best.history
-        train(TorchEngine(network, config.optimizer), objective, plan, range(config.optimizer.steps), after_step=best)
-        self._best_step = best.step
-        return best.weights
+        if config.transfer.learn == "head":
+            return self._probe(network, stores, plan, course)
+        objective = MaskedObjective(training, config.masking, sentence_weights=training.sizes.astype(np.float64))
+        seen = ValidationCells(network, validation.read(range(len(validation.sizes))))
+        return finetune(network, objective, plan, config, seen, course)
 
-    def _lineage(self, cells: int, report: Mapping[str, Any]) -> dict[str, str]:
-        base = "none" if self.base is None else (self.base.model_sha256 or self.base.lineage.get("source", "unsaved"))
+    def _probe(self, network: CellPLM, stores: tuple[MemoryStore, MemoryStore], plan: StepPlan, course: Course) -> Best:
+        """Only the projection and the head, on what the frozen encoder says of the cells."""
+        training, validation = map(without_counts, stores)
+        probe = Probe(network, stacked(network, stores, device_named(self.config.device)))
+        batch = shifted(validation.read(range(len(validation.sizes))), training.table.n_cells)
+        everything = self.config.model_copy(update={"transfer": TransferConfig()})
+        return finetune(probe, ProbeObjective(training), plan, everything, ValidationCells(probe, batch), course)
+
+    def _lineage(self, best: Best, cells: int, report: Mapping[str, Any]) -> dict[str, str]:
         return {
-            "base_model": base,
+            "base_model": base_name(self.base),
             "labels_key": str(self.config.keys.labels_key),
             "training_cells": str(cells),
             "counts": str(report.get("count_source", "")),
             "config_sha256": fingerprint(self.config),
-            "best_step": str(self._best_step),
+            "best_step": str(best.step),
         }
 
 
-class Best:
-    """Looks at the validation cells every few steps, keeps the best weights, and says when to stop."""
+class ValidationCells:
+    """A look at labelled cells that are not trained on: macro-F1, and the loss among equals."""
 
-    def __init__(self, network: CellPLM, validation: MemoryStore, config: AnnotationConfig, progress: Progress | None) -> None:
-        self.network, self.validation, self.config, self.progress = network, validation, config, progress
-        self.batch = validation.read(range(len(validation.sizes)))
-        self.history: list[dict[str, float]] = []
-        self.weights: dict[str, torch.Tensor] = copy.deepcopy(network.state_dict())
-        self.step = 0  # after which the best weights were seen
-        self._best, self._waited = (-1.0, float("inf")), 0
+    def __init__(self, network: nn.Module, batch: CellBatch) -> None:
+        assert batch.labels is not None
+        self.network, self.batch = network, batch
+        self.truth = batch.labels.numpy().astype(str)
 
-    def __call__(self, done: int, result: StepResult) -> bool:
-        """True when ``patience`` looks brought nothing better."""
-        metrics = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
-        if done % self.config.validate_every == 0 or done == self.config.optimizer.steps:
-            metrics |= self._look()
-            self._judge(done, metrics)
-        self.history.append({"step": float(done), **metrics})
-        if self.progress is not None:
-            self.progress(done, metrics)
-        return self._waited >= self.config.patience
-
-    def _look(self) -> dict[str, float]:
+    def __call__(self) -> Look:
+        """What the network says of them as it is now."""
         with torch.inference_mode():
-            output = self.network(self.batch)
-        assert output.logits is not None
-        assert output.loss is not None
-        assert self.batch.labels is not None
-        scores = annotation_scores(self.batch.labels.numpy().astype(str), output.logits.argmax(-1).numpy().astype(str))
-        return {"val/loss": float(output.loss.total.mean()), "val/macro_f1": scores["macro_f1"], "val/accuracy": scores["accuracy"]}
-
-    def _judge(self, done: int, metrics: Mapping[str, float]) -> None:
-        found = (round(metrics["val/macro_f1"], 6), -metrics["val/loss"])
-        if found > (self._best[0], -self._best[1]):
-            self._best, self._waited = (found[0], metrics["val/loss"]), 0
-            self.weights, self.step = copy.deepcopy(self.network.state_dict()), done
-        else:
-            self._waited += 1
+            output = self.network(self.batch.to(next(self.network.parameters()).device))
+        scores = annotation_scores(self.truth, output.logits.argmax(-1).cpu().numpy().astype(str))
+        loss = float(output.loss.total.mean())
+        metrics = {"val/loss": loss, "val/macro_f1": scores["macro_f1"], "val/accuracy": scores["accuracy"]}
+        return Look(metrics, (round(scores["macro_f1"], 6), -loss))
 
 
 def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:
@@ -260,3 +233,15 @@ def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:
     if len(classes) < 2:
         raise DataError(f"obs[{key!r}] has {len(classes)} cell types ({', '.join(classes)}); at least two are needed to learn from")
     return classes
+
+
+def label_type(labels: Any, key: str) -> str:
+    """What the labels of a column are: int, float, bool, or str for all else; DataError when they are of several types."""
+    distinct = pd.unique(pd.Series(labels).dropna().astype(object))
+    known = [label.item() if isinstance(label, np.generic) else label for label in distinct if label not in UNLABELLED]
+    kinds = sorted({type(label).__name__ for label in known})
+    if len(kinds) > 1:
+        raise DataError(
+            f"obs[{key!r}] holds labels of several types ({', '.join(kinds)}): 1 and '1' would be one class; make them one type"
+        )
+    return kinds[0] if kinds and kinds[0] in LABEL_TYPES else "str"

@@ -2,20 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
-from cellplane.artifact.folder import ModelFolder, load_model
+from cellplane.artifact.folder import ModelFolder, load_model, save_model
+from cellplane.artifact.genes import with_genes
 from cellplane.artifact.official import read_official
 from cellplane.config import Config, home, validate
+from cellplane.data.config import DataKeys
+from cellplane.data.gene_mapping import genes_without_place
+from cellplane.data.gene_tables import installed_tables
+from cellplane.data.sources import AnnData, find_counts
 from cellplane.errors import ConfigError, DataError
-from cellplane.inference import build_network
+from cellplane.genes import GeneVocabulary
+from cellplane.inference import Predictor, build_network
+from cellplane.model.cellplm import CellPLM
 from cellplane.tracking.registry import resolve_model
+from cellplane.train.config import TransferConfig
+
+log = logging.getLogger(__name__)
 
 OFFICIAL_MAX_CELLS = 4000  # max_batch_size of the released configurations
+
+
+class NotFittedError(DataError, SklearnNotFittedError):  # type: ignore[misc]
+    """Something was asked that only a pipeline which has learned can answer; scikit-learn's tools know it too."""
+
+
+class Estimator(BaseEstimator):  # type: ignore[misc]
+    """What the pipelines that learn share: scikit-learn's get_params, set_params and clone, save, load, and their base model.
+
+    ``model`` is a model folder or registry URI to start from (None: from scratch); ``pretrain_prefix`` with
+    ``pretrain_directory`` names an official CellPLM checkpoint instead. Learned attributes end in an underscore.
+    """
+
+    task: ClassVar[str]
+    recipe: ClassVar[type[Any]]
+
+    def __init__(
+        self,
+        model: str | Path | ModelFolder | None = None,
+        config: Config | Mapping[str, Any] | None = None,
+        *,
+        pretrain_prefix: str | None = None,
+        pretrain_directory: str | Path | None = None,
+    ) -> None:
+        self.model, self.pretrain_prefix, self.pretrain_directory = model, pretrain_prefix, pretrain_directory
+        self.config: Any = as_config(self.recipe, config, self.recipe())
+        self.folder_: ModelFolder | None = None
+        self.history_: list[dict[str, float]] = []
+        self._predictor: Predictor | None = None
+        self._opened = self._open()
+
+    def _open(self) -> tuple[tuple[Any, ...], ModelFolder | None]:
+        asked = (self.model, self.pretrain_prefix, self.pretrain_directory)
+        return asked, open_model(*asked)
+
+    @property
+    def base(self) -> ModelFolder | None:
+        """The model that fit starts from; None: from scratch."""
+        asked = (self.model, self.pretrain_prefix, self.pretrain_directory)
+        if any(now is not before for now, before in zip(asked, self._opened[0], strict=True)):  # after set_params
+            self._opened = self._open()
+        return self._opened[1]
+
+    def configured(self, config: Config | Mapping[str, Any] | None) -> Any:
+        """The pipeline's configuration with the changes of one call."""
+        return as_config(self.recipe, config, as_config(self.recipe, self.config, self.recipe()))
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the model folder: manifest with checksums, weights, vocabulary."""
+        return save_model(self._fitted().folder, Path(directory))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """A saved pipeline, ready to predict; every file is verified. DataError for a model of another task."""
+        folder = load_model(Path(directory))
+        if folder.task != cls.task:
+            raise DataError(f"{directory} holds a {folder.task} model, not one to {cls.task} with: it is no {cls.__name__}")
+        pipeline = cls()
+        pipeline.adopt(folder)
+        return pipeline
+
+    def adopt(self, folder: ModelFolder) -> None:
+        """Answers with this model from now on."""
+        self.folder_, self._predictor = folder, Predictor(folder)
+
+    def _fitted(self) -> Predictor:
+        if self._predictor is None:
+            raise NotFittedError("this pipeline has not learned anything yet: call fit, or load a saved one")
+        return self._predictor
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._predictor is not None
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        base = self.model if isinstance(self.model, str | Path) else "a model" if self.base is not None else "from scratch"
+        return f"{type(self).__name__}({base}, {'fitted' if self._predictor else 'not fitted'})"[:N_CHAR_MAX]
+
+
+def starting_model(base: ModelFolder | None, data: AnnData, keys: DataKeys, new_genes: str) -> tuple[ModelFolder | None, GeneVocabulary]:
+    """The base model, with rows for the data's new genes when these are added, and the genes to read: its own, or the data's."""
+    if base is None:
+        return None, GeneVocabulary.from_ids(dict.fromkeys(find_counts(data, keys).gene_ids))
+    if new_genes == "leave_out":
+        return base, base.vocabulary
+    new = genes_without_place(find_counts(data, keys).gene_ids, base.vocabulary, installed_tables())
+    log.info("%d genes that the base model does not know begin as the mean of its genes", len(new))
+    grown = with_genes(base, new)
+    return grown, grown.vocabulary
+
+
+def take_over(network: CellPLM, start: ModelFolder, prefixes: Sequence[str]) -> None:
+    """Copies the base model's weights under these prefixes into the network; DataError when one is missing or misshapen."""
+    taken = {name: tensor for name, tensor in build_network(start).state_dict().items() if name.startswith(tuple(prefixes))}
+    missing, unexpected = network.load_state_dict(taken, strict=False)
+    if unexpected or any(name.startswith(tuple(prefixes)) for name in missing):
+        raise DataError(f"the base model does not fit: missing {missing}, unexpected {unexpected}")
+
+
+def check_transfer(transfer: TransferConfig, base: ModelFolder | None, new: Sequence[str] = ()) -> None:
+    """ConfigError when parts are to stay as a base model has them and there is none, or they are ``new`` in this task."""
+    if fresh := [part for part in transfer.frozen if part in new]:
+        raise ConfigError(f"transfer.frozen: the {fresh[0]} is new in this task, frozen it would stay random; leave it out")
+    if base is None and (transfer.frozen or transfer.learn == "head"):
+        asked = "learn: head" if transfer.learn == "head" else f"frozen: {', '.join(transfer.frozen)}"
+        raise ConfigError(f"transfer.{asked} keeps what a base model knows, but there is none; name one, or let everything learn")
+
+
+def base_name(base: ModelFolder | None) -> str:
+    """What a lineage says of the base model."""
+    return "none" if base is None else (base.model_sha256 or base.lineage.get("source", "unsaved"))
 
 
 def open_model(model: str | Path | ModelFolder | None, prefix: str | None, directory: str | Path | None) -> ModelFolder | None:

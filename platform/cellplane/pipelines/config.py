@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cellplane.config import Config
 from cellplane.data.config import DataKeys
 from cellplane.model.config import MaskingConfig, ModelConfig
-from cellplane.train.config import OptimizerConfig
+from cellplane.train.config import CheckpointConfig, FitConfig, OptimizerConfig
 
 
-class AnnotationConfig(Config):
+class AnnotationConfig(FitConfig):
     """How `CellTypeAnnotationPipeline.fit` learns."""
 
     references: ClassVar[Mapping[str, str]] = {"model": "model"}
@@ -25,7 +25,7 @@ class AnnotationConfig(Config):
     new_genes: Literal["leave_out", "add"] = "leave_out"
     """Genes of the data that the base model does not know: left out, or added, beginning as the mean of those it knows."""
     masking: MaskingConfig = MaskingConfig(drop_cell_rate=0.3, cell_mask_rate=0.75)
-    """Cells left out and genes hidden in every step, against overfitting."""
+    """Cells left out and genes hidden in every step, against overfitting; a linear probe (transfer.learn: head) does without."""
     optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=5e-3, weight_decay=1e-7, warmup_steps=30, embedder_lr_scale=0.1)
     """AdamW: 5e-3, embedder a tenth of it, warm-up of 30 steps (released recipe)."""
     head_dropout: float = Field(0.5, ge=0, lt=1)
@@ -34,33 +34,104 @@ class AnnotationConfig(Config):
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)
     """Share of the TRAINING cells that only choose the best step; stratified by label."""
-    validate_every: int = Field(10, ge=1)
-    """Steps between two looks at the validation cells."""
-    patience: int = Field(20, ge=1)
-    """Looks without improvement before training ends; the best weights are kept."""
-    seed: int = 0
-    """Keys initialisation, split, masks and dropout."""
 
 
-class FinetuneConfig(AnnotationConfig):
-    """A fine-tuning job: the recipe above, its data and its place in tracker and registry."""
+class DenoisingConfig(FitConfig):
+    """How `DenoisingPipeline.fit` learns: hidden counts of the same cells are recovered, zeros included."""
+
+    references: ClassVar[Mapping[str, str]] = {"model": "model"}
+
+    keys: DataKeys = DataKeys()
+    """Where counts, batches and coordinates lie. With a batch_key the decoder is told each cell's batch."""
+    model: ModelConfig = ModelConfig(
+        width=128, n_heads=4, n_blocks=2, latent="ae", latent_width=64, dropout=0.1, decoder_width=256, decoder_bottleneck=64
+    )
+    """The network when no base model is given; a base model brings its own, decoder included."""
+    new_genes: Literal["leave_out", "add"] = "leave_out"
+    """Genes of the data that the base model does not know: left out (and not denoised), or added as the mean of those it knows."""
+    masking: MaskingConfig = MaskingConfig(drop_cell_rate=0.0, cell_mask_rate=1.0, gene_mask="fixed", gene_mask_rate=0.25)
+    """What every step hides: a quarter of all entries, zeros included. Hiding non-zeros alone would learn E[x | x > 0]."""
+    hidden_weight: float = Field(1.0, gt=0)
+    """Weight of the likelihood of a hidden entry."""
+    seen_weight: float = Field(0.1, ge=0)
+    """Weight of the likelihood of an entry that was not hidden."""
+    optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=2e-3, weight_decay=1e-6, warmup_steps=20)
+    """AdamW."""
+    max_cells: int = Field(2048, ge=1)
+    """Largest sentence, in training and prediction."""
+    cells_per_step: int = Field(512, ge=1)
+    """Sentences are packed until a step would exceed this many cells; a longer sentence is a step of its own."""
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the cells whose hidden entries only choose the best step; chosen by the seed."""
+
+    @model_validator(mode="after")
+    def _weights_in_order(self) -> Self:
+        if self.seen_weight > self.hidden_weight:
+            raise ValueError(f"seen_weight {self.seen_weight} is more than hidden_weight {self.hidden_weight}: copying would be learned")
+        if self.masking.cell_mask_rate == 0:
+            raise ValueError("masking.cell_mask_rate is 0: nothing would be hidden, so nothing learned")
+        if self.model.decoder != "negative_binomial":
+            raise ValueError(
+                f"denoising learns the likelihood of counts: model.decoder must be negative_binomial, not {self.model.decoder}"
+            )
+        return self
+
+
+class JobConfig(Config):
+    """What a fine-tuning job of any task is told beside its recipe: data, base model, its place in tracker and registry.
+
+    ``inputs`` are the keys that name files whose content makes the model, ``indifferent`` those that do not change it,
+    ``renamed`` keys of the recipe that have another name here.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("data",)
+    indifferent: ClassVar[tuple[str, ...]] = ("tracking_uri", "register_as")
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     kind: Literal["finetune"] = "finetune"
     """What this file configures."""
-    task: Literal["annotate"] = "annotate"
-    """What is learned."""
     data: str = ""
-    """h5ad with labelled training cells."""
-    test: str | None = None
-    """h5ad of held-out labelled cells: scored beside the baselines when training is done."""
+    """h5ad with the training cells."""
     base_model: str | None = None
     """Model folder or models:/NAME@ALIAS to start from; None trains from scratch."""
     run: str = "finetune"
     """Name of the run: its folder under $CELLPLANE_HOME/runs, and its identity in MLflow."""
+    checkpoint: CheckpointConfig = CheckpointConfig(keep=1, keep_best=False)
+    """State kept on the way, so that a job that was killed goes on; the best weights are part of each."""
     tracking_uri: str | None = None
     """MLflow server or database; None: $MLFLOW_TRACKING_URI, else a database under $CELLPLANE_HOME."""
     register_as: str | None = None
     """Name in the model registry; None: the model is logged but not registered."""
+
+    @model_validator(mode="after")
+    def _consolidated(self) -> Self:
+        if self.checkpoint.format != "consolidated":
+            raise ValueError("fine-tuning runs in one process and writes checkpoint.format consolidated alone")
+        return self
+
+
+class FinetuneConfig(AnnotationConfig, JobConfig):
+    """A fine-tuning job of an annotator."""
+
+    indifferent: ClassVar[tuple[str, ...]] = (*JobConfig.indifferent, "test")
+
+    task: Literal["annotate"] = "annotate"
+    """What is learned."""
+    test: str | None = None
+    """h5ad of held-out labelled cells: scored beside the baselines when training is done."""
+
+
+class DenoiseJobConfig(DenoisingConfig, JobConfig):
+    """A fine-tuning job of a denoiser."""
+
+    indifferent: ClassVar[tuple[str, ...]] = (*JobConfig.indifferent, "evaluate")
+
+    task: Literal["denoise"] = "denoise"
+    """What is learned."""
+    run: str = "denoise"
+    """Name of the run: its folder under $CELLPLANE_HOME/runs, and its identity in MLflow."""
+    evaluate: bool = False
+    """Also score the recipe by masking and by count splitting, beside the baselines: it is fitted twice more, on thinned cells."""
 
 
 class EvaluateConfig(Config):
@@ -68,6 +139,8 @@ class EvaluateConfig(Config):
 
     kind: Literal["evaluate"] = "evaluate"
     """What this file configures."""
+    task: Literal["annotate"] = "annotate"
+    """What is scored."""
     model: str = ""
     """Model folder or models:/NAME@ALIAS."""
     train: str = ""
@@ -84,3 +157,26 @@ class EvaluateConfig(Config):
     """MLflow server or database, only to find a registered model."""
 
 
+class DenoiseEvaluation(Config):
+    """Scoring a denoiser by hiding counts of the cells it is given; fine-tuned as it is, without learning these cells."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    """What this file configures."""
+    task: Literal["denoise"] = "denoise"
+    """What is scored."""
+    model: str = ""
+    """Model folder or models:/NAME@ALIAS: a denoiser, or a base model (zero-shot)."""
+    data: str = ""
+    """h5ad of the cells."""
+    keys: DataKeys = DataKeys()
+    """Where counts, batches and coordinates lie."""
+    refit: bool = False
+    """Fine-tune the model on the thinned cells first, as in use; else it is asked as it is."""
+    recipe: DenoisingConfig = DenoisingConfig()
+    """How, when refitting."""
+    seed: int = 0
+    """Chooses what is hidden."""
+    out: str | None = None
+    """Folder for the scores; None: $CELLPLANE_HOME/evaluations/<model checksum>-denoise."""
+    tracking_uri: str | None = None
+    """MLflow server or database, only to find a registered model."""

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from cellplane.errors import DataError
 
@@ -84,6 +85,22 @@ def gene_scores(truth: ArrayLike, predicted: ArrayLike) -> GeneScores:
         rmse=np.sqrt((difference**2).mean(0)),
         mae=np.abs(difference).mean(0),
     )
+
+
+def correlations(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.float64]:
+    """Pearson correlation of every column over the rows, [G]; NaN where the truth does not vary, 0 where only the prediction does not.
+
+    Raises DataError for other shapes or no rows.
+    """
+    true, guess = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    if true.shape != guess.shape or true.ndim != 2 or not len(true):
+        raise DataError(f"correlating needs two tables of the same cells and genes, found shapes {true.shape} and {guess.shape}")
+    return _alignment(true - true.mean(0), guess - guess.mean(0))
+
+
+def rank_correlations(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.float64]:
+    """Spearman correlation of every column, as `correlations`; equal values share their mean rank."""
+    return correlations(rankdata(np.asarray(truth), axis=0), rankdata(np.asarray(predicted), axis=0))
 
 
 def _alignment(true: NDArray[np.float64], guess: NDArray[np.float64]) -> NDArray[np.float64]:

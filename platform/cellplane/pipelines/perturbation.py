@@ -1,0 +1,287 @@
+"""Perturbation response: control cells in, the population they become out.
+
+    pipeline = PerturbationPipeline(config={"kind": "crispri", "keys": {"batch_key": "batch"}}).fit(screen)
+    pipeline.predict(controls, ["GATA1", "GATA1+MYC"])        # AnnData: perturbations x genes
+
+A perturbation enters through its gene's own row of the gene table, so that genes never perturbed can be asked for; what is
+decoded is the change, so that an unknown one means "its target changes and nothing else", never noise (PROTOCOLS 9).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cellplane.artifact.folder import ModelFolder
+from cellplane.config import fingerprint
+from cellplane.data.sources import AnnData, cell_table
+from cellplane.errors import DataError, FileFormatError, VocabularyError
+from cellplane.inference import query_keys, record
+from cellplane.pipelines.base import Estimator, base_name, check_transfer
+from cellplane.pipelines.gene_names import GeneNames
+from cellplane.pipelines.perturbation_cells import Perturbation, Screen, groups, named, read_screen, understood
+from cellplane.pipelines.perturbation_config import PerturbationConfig
+from cellplane.pipelines.perturbation_fit import SENTENCE_CELLS, Learned, Measured, learn, predicted
+from cellplane.pipelines.perturbation_scores import screen_scores
+from cellplane.train.finetune import Course, Progress
+from cellplane.train.loop import Keeping
+
+log = logging.getLogger(__name__)
+
+KNOWN = "perturbation.json"  # attachment of the model folder
+PER = 10_000.0  # rates are given per so many counts
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What predicting needs beside the network: names learned, what was measured of them, free stimuli, and the counts' scale."""
+
+    names: tuple[str, ...]
+    stimuli: tuple[str, ...]
+    measured: Measured
+    total: float
+    genes: GeneNames
+    config: PerturbationConfig
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One predicted population [G]: mean log profile, its change, rates; how many controls; whether it is the fallback."""
+
+    profile: NDArray[np.float64]
+    change: NDArray[np.float64]
+    rates: NDArray[np.float64]
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """An answer, and what it is of."""
+
+    name: str
+    group: str
+    cells: int
+    answer: Answer
+
+
+class PerturbationPipeline(Estimator):
+    """fit / predict / score / save / load on AnnData; see `PerturbationConfig` for what must be told about a screen."""
+
+    task: ClassVar[str] = "perturb"
+    recipe: ClassVar[type[Any]] = PerturbationConfig
+
+    def fit(
+        self,
+        data: AnnData,
+        config: PerturbationConfig | Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+        keeping: Keeping | None = None,
+    ) -> PerturbationPipeline:
+        """Learns from control and perturbed cells of ``data``, which is not changed.
+
+        ``progress`` and ``keeping`` go along with the last fit, after those that hide perturbations. Raises DataError without
+        controls, for perturbations that are no known genes, or where no group has both controls and perturbed cells.
+        """
+        self.config = self.configured(config)
+        check_transfer(self.config.transfer, self.base, new=("latent", "decoder"))
+        screen, start, report = read_screen(data, self.config, self.base)
+        learned = learn(screen, self.config, start, Course(progress, keeping))
+        self.history_ = learned.history
+        self.adopt(self._folder(screen, learned, report))
+        return self
+
+    def adopt(self, folder: ModelFolder) -> None:
+        """Answers with this model from now on."""
+        self._known = fitted_from(folder)
+        super().adopt(folder)
+
+    @property
+    def perturbations_(self) -> tuple[str, ...]:
+        """The perturbations that were learned, sorted."""
+        return self._state().names
+
+    def predict(
+        self, data: AnnData, perturbations: Sequence[str] | None = None, config: Mapping[str, Any] | None = None, by_group: bool = False
+    ) -> AnnData:
+        """What the control cells of ``data`` become under each perturbation (None: all that were learned), one row each.
+
+        All cells are taken as controls unless the perturbation column says otherwise. X is the predicted mean over cells of
+        log1p of counts scaled to the training controls' median total; layers["delta"] the change from these controls,
+        layers["rates"] expected counts per 10,000. Groups (batch x cell type) are predicted apart and averaged by their cells,
+        or with ``by_group`` given a row each. obs: perturbation, kind, seen (in training), fallback, control_cells. Raises
+        VocabularyError for genes the model does not know, unless `fallback` is mean_of_training; DataError without controls.
+        """
+        state, asked = self._state(), self.configured(config)
+        names = list(self.perturbations_ if perturbations is None else perturbations)
+        meanings = [self._meaning(name, asked) for name in names]
+        screen, report = self._controls(data)
+        sizes = {group: int((screen.group == group).sum()) for group in sorted(set(screen.group))}
+        rows = [
+            Row(name, group, cells, self._answer(screen, group, one))
+            for name, one in zip(names, meanings, strict=True)
+            for group, cells in sizes.items()
+        ]
+        rows = rows if by_group else averaged(rows)
+        obs = pd.DataFrame(
+            {
+                "perturbation": [row.name for row in rows],
+                "group": [row.group for row in rows],
+                "kind": [asked.kinds.get(row.name, asked.kind) for row in rows],
+                "seen": [row.name in state.names for row in rows],
+                "fallback": [row.answer.fallback for row in rows],
+                "control_cells": [row.cells for row in rows],
+            },
+            index=pd.Index([f"{row.name} | {row.group}" if by_group else row.name for row in rows]),
+        )
+        profile, change, rates = (np.stack([getattr(row.answer, part) for row in rows]) for part in ("profile", "change", "rates"))
+        out = AnnData(
+            X=profile.astype(np.float32),
+            obs=obs,
+            var=pd.DataFrame({"gene_id": list(self._fitted().vocabulary.gene_ids)}, index=pd.Index(state.genes.labels)),
+            layers={"delta": change.astype(np.float32), "rates": (rates * PER).astype(np.float32)},
+        )
+        out.uns["cellplm"] = self._record(report)
+        return out
+
+    def score(self, data: AnnData) -> dict[str, Any]:
+        """How well the changes of the perturbed cells of ``data`` are predicted, beside the baselines (see `screen_scores`).
+
+        Controls are halved by the seed: from one half is predicted, the truth is told from the other.
+        """
+        screen, state, network = self._screen(data), self._state(), self._fitted().model
+
+        def predict(rows: NDArray[np.int64], one: Perturbation) -> NDArray[np.float64]:
+            return state.measured.blended(predicted(network, screen, rows, one).change, one.name)
+
+        return screen_scores(screen, predict, state.measured.mean, state.config)
+
+    def _state(self) -> Fitted:
+        self._fitted()
+        return self._known
+
+    def _meaning(self, name: str, config: PerturbationConfig) -> Perturbation | None:
+        """What a name means; None: it is not known and the fallback answers."""
+        state = self._state()
+        meaning = understood(name, config, state.genes, state.stimuli)
+        if meaning is None and config.fallback == "error":
+            raise VocabularyError(
+                f"{name} is no gene the model knows, nor a stimulus it learned ({', '.join(state.stimuli) or 'none'}): name its gene in "
+                'targets, or set fallback to "mean_of_training" for the mean change of the training perturbations'
+            )
+        return meaning
+
+    def _controls(self, data: AnnData) -> tuple[Screen, Mapping[str, Any]]:
+        """The control cells of ``data``; all its cells where no column says what was done to them."""
+        config, folder = self._state().config, self._fitted().folder
+        keys = query_keys(data, config.keys)
+        table, report = cell_table(data, folder.vocabulary, keys)
+        group, cell_type = groups(data, config.model_copy(update={"keys": _present(data, config)}))
+        name = named(data, config) if config.perturbation_key in data.obs else np.full(data.n_obs, "", dtype=object)
+        screen = Screen(table, self._state().genes, group, name, {}, self._state().total, cell_type, self._state().stimuli)
+        controls = screen.only((name == "") & (table.totals() > 0))
+        if controls.table.n_cells == 0:
+            raise DataError("no control cell has counts in genes the model knows: a prediction starts from control cells")
+        return controls, report
+
+    def _screen(self, data: AnnData) -> Screen:
+        """Control and perturbed cells over the model's genes; perturbations that it cannot mean are left out."""
+        config, folder = self._state().config, self._fitted().folder
+        table, _ = cell_table(data, folder.vocabulary, query_keys(data, config.keys))
+        group, cell_type = groups(data, config.model_copy(update={"keys": _present(data, config)}))
+        names = named(data, config)
+        asked, stimuli = sorted({name for name in names if name}), self._state().stimuli
+        found = {name: understood(name, config, self._state().genes, stimuli) for name in asked}
+        meaning = {name: one for name, one in found.items() if one is not None}
+        if left_out := sorted(found.keys() - meaning.keys()):
+            log.warning("%d perturbations that are no known genes are not scored: %s", len(left_out), ", ".join(left_out[:5]))
+        screen = Screen(table, self._state().genes, group, names, meaning, self._state().total, cell_type, stimuli)
+        return screen.only(np.array([name == "" or name in meaning for name in names]))
+
+    def _answer(self, screen: Screen, group: str, perturbation: Perturbation | None) -> Answer:
+        rows = screen.rows(group)
+        before = screen.mean(rows)
+        if perturbation is None:
+            change = self._state().measured.mean
+            return Answer(before + change, change, screen.profile(rows), fallback=True)
+        population = predicted(self._fitted().model, screen, rows, perturbation)
+        change = self._state().measured.blended(population.change, perturbation.name)
+        return Answer(before + change, change, population.rates, fallback=False)
+
+    def _record(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        context = f"own: control cells of one group, sentences of at most {SENTENCE_CELLS} cells in their order"
+        state = self._state()
+        extra = {
+            "context": context,
+            "total": state.total,
+            "stimuli_without_gene": list(state.stimuli),
+            "measured_share": state.measured.share,
+        }
+        return record(self._fitted().folder, {**report, **extra})
+
+    def _folder(self, screen: Screen, learned: Learned, report: Mapping[str, object]) -> ModelFolder:
+        known = {
+            "names": sorted(screen.meaning),
+            "genes": list(screen.genes.labels),
+            "stimuli": list(screen.stimuli),
+            "changes": {name: change.tolist() for name, change in sorted(learned.measured.changes.items())},
+            "share": learned.measured.share,
+            "total": screen.total,
+            "config": self.config.model_dump(mode="json"),
+        }
+        return ModelFolder(
+            config=learned.network.config,
+            weights=learned.network.cpu().state_dict(),
+            vocabulary=screen.genes.vocabulary,
+            task="perturb",
+            max_cells=SENTENCE_CELLS,
+            lineage={
+                "base_model": base_name(self.base),
+                "training_cells": str(screen.table.n_cells),
+                "perturbations": str(len(screen.meaning)),
+                "counts": str(report.get("count_source", "")),
+                "config_sha256": fingerprint(self.config),
+                "best_step": str(learned.step),
+            },
+            attachments={KNOWN: json.dumps(known).encode()},
+        )
+
+
+def _present(data: AnnData, config: PerturbationConfig) -> Any:
+    """The keys, without columns that the data do not have."""
+    absent = {name: None for name in ("batch_key", "labels_key") if getattr(config.keys, name) not in data.obs}
+    return config.keys.model_copy(update=absent)
+
+
+def averaged(rows: Sequence[Row]) -> list[Row]:
+    """One row a perturbation: the mean over groups, weighted by their control cells."""
+    found = []
+    for name in dict.fromkeys(row.name for row in rows):
+        mine = [row for row in rows if row.name == name]
+        weights = np.array([row.cells for row in mine], dtype=np.float64)
+        parts = [np.stack([getattr(row.answer, part) for row in mine]) for part in ("profile", "change", "rates")]
+        profile, change, rates = (np.average(tables, axis=0, weights=weights) for tables in parts)
+        found.append(Row(name, "all", int(weights.sum()), Answer(profile, change, rates, mine[0].answer.fallback)))
+    return found
+
+
+def fitted_from(folder: ModelFolder) -> Fitted:
+    """What a model folder keeps beside its network; FileFormatError when that is missing or broken."""
+    try:
+        known = json.loads(folder.attachments[KNOWN])
+        return Fitted(
+            names=tuple(known["names"]),
+            stimuli=tuple(known["stimuli"]),
+            measured=Measured({name: np.array(change, dtype=np.float64) for name, change in known["changes"].items()}, known["share"]),
+            total=float(known["total"]),
+            genes=GeneNames(folder.vocabulary, tuple(known["genes"])),
+            config=PerturbationConfig.model_validate(known["config"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"the model lacks what a perturbation keeps beside its network: {error}; fit and save it again") from error
