@@ -65,10 +65,11 @@ class CellBatch:
         crow, edges, cells = self.crow, self.cu_seqlens, self.crow.shape[0] - 1
         if crow.device.type != "cpu" or self.perturbation is not None or self.perturbation_sign is not None or edges.shape[0] == 0:
             return False
-        cell = self.row.shape
-        ends = (crow[0].item(), crow[-1].item(), edges[0].item(), edges[-1].item()) if cells >= 0 else None
+        if cells < 0:
+            return False
+        cell, starts, ends = self.row.shape, crow.numpy(), edges.numpy()  # a tensor takes four times as long to give a number
         return (
-            ends == (0, self.gene.shape[0], 0, cells)
+            bool(starts[0] == 0 == ends[0] and starts[-1] == self.gene.shape[0] and ends[-1] == cells)
             and cell == (cells,)
             and cell == self.panel_index.shape == self.batch_index.shape == self.dataset_index.shape == self.platform_index.shape
             and (self.labels is None or self.labels.shape == cell)

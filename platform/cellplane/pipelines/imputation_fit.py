@@ -36,6 +36,7 @@ from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.masks import Masks, imputation_masks
 from cellplane.pipelines.metrics import correlations
 from cellplane.seeds import keyed_seed
+from cellplane.train.config import FitConfig
 from cellplane.train.finetune import Best, Course, Look, finetune
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def learn(problem: Problem, config: ImputationConfig, course: Course) -> Learned
     expected[asked] = expected_correlations(problem, folds, correlation)
     log.info("hidden observed genes: best after %d steps, neighbours' share %.2f, correlation %.3f", step, share, np.nanmean(correlation))
     network = new_network(problem, config)
-    best = fit(network, problem, config, Until(step, config.validate_every), course)
+    best = fit(network, problem, config, Until(step, config, course), course)
     network.load_state_dict(best.weights)
     scaling = (
         Scaling.between(*logs_of(network, problem, config)) if config.neighbours else Scaling(np.ones(len(asked)), np.zeros(len(asked)))
@@ -234,15 +235,18 @@ class HiddenGenes:
 
 
 class Until:
-    """A look that asks for the weights after ``step`` steps, whatever they are worth."""
+    """A look that asks for the weights after ``step`` steps, whatever they are worth; also where a fit goes on after a kill."""
 
-    def __init__(self, step: int, every: int) -> None:
-        self.step, self.every, self.looks = step, every, 0
+    def __init__(self, step: int, config: FitConfig, course: Course) -> None:
+        self.step, self.every, self.last = step, config.validate_every, config.optimizer.steps
+        keeping = course.keeping
+        begun = None if keeping is None else keeping.checkpoints.newest_valid(keeping.identity)
+        self.looks = 0 if begun is None else begun.step // self.every
 
     def __call__(self) -> Look:
         """Best at the wanted step."""
         self.looks += 1
-        return Look({}, (-abs(self.looks * self.every - self.step),))
+        return Look({}, (-abs(min(self.looks * self.every, self.last) - self.step),))
 
 
 def looked(problem: Problem, config: ImputationConfig) -> list[Rows]:

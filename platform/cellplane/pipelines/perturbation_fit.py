@@ -24,7 +24,7 @@ from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.model.perturbation import KINDS, change_of, population_rates
 from cellplane.pipelines.base import take_over
 from cellplane.pipelines.imputation_cells import Rows
-from cellplane.pipelines.imputation_fit import SHARES, Until, best_step
+from cellplane.pipelines.imputation_fit import SHARES, Until
 from cellplane.pipelines.metrics import correlations
 from cellplane.pipelines.perturbation_cells import Pair, PairObjective, Perturbation, Screen, asked, pairs_of
 from cellplane.pipelines.perturbation_config import PerturbationConfig
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 Table = NDArray[np.float64]
 TRANSFERRED = ("embedder.genes_GD", "embedder.linear", "embedder.norm", "embedder.positions", "embedder.hidden_D", "encoder.")
 SENTENCE_CELLS = 256  # control cells that attend to one another when a population is predicted
+CERTAIN = 2.0  # standard errors that a gain on hidden perturbations must exceed
 EFFICIENCY = {"knockout": -2.3, "crispri": -1.6, "crispra": 1.4, "stimulation": 0.0}  # log rates: -90 %, -80 %, times four, none
 
 
@@ -75,13 +76,13 @@ def learn(screen: Screen, config: PerturbationConfig, start: ModelFolder | None,
     """
     pairs = pairs_of(screen, config.min_cells)
     folds = [Fold.of(screen, pairs, hidden, config, start) for hidden in hidden_pairs(pairs, config)] if config.folds else []
-    step = best_step([fold.curve for fold in folds]) if folds else config.optimizer.steps
+    step = surest_step(folds) if folds else config.optimizer.steps
     measured = Measured(mean_changes(screen, pairs), best_share(folds))
     network = new_network(screen, pairs, config, start)
     log.info("%d pairs of group and perturbation; on hidden ones %d steps, share %.2f were best", len(pairs), step, measured.share)
     history: list[dict[str, float]] = []
     if step:
-        best = _fit(network, screen, pairs, config.model_copy(update={"patience": 1}), Until(step, config.validate_every), course)
+        best = _fit(network, screen, pairs, config.model_copy(update={"patience": 1}), Until(step, config, course), course)
         network.load_state_dict(best.weights)
         history = best.history
     return Learned(network, step, measured, history)
@@ -106,12 +107,14 @@ def hidden_pairs(pairs: Sequence[Pair], config: PerturbationConfig) -> list[list
 
 @dataclass(frozen=True)
 class Fold:
-    """Some hidden pairs: their correlation by number of steps (from 0 on), and true, predicted and elsewhere measured changes [n, G].
+    """Some hidden pairs: their correlations by number of steps (from 0 on), and true, predicted and elsewhere measured changes [n, G].
 
-    The last three are of pairs whose perturbation was trained on in other groups; there may be none.
+    ``names`` are those of the pairs' perturbations. The last three are of pairs whose perturbation was trained on in other
+    groups; there may be none.
     """
 
-    curve: dict[int, float]
+    names: list[str]
+    curve: dict[int, Table]
     truth: Table
     network: Table
     measured: Table
@@ -125,18 +128,40 @@ class Fold:
         genes = {gene for index in hidden for gene in pairs[index].perturbation.genes} if by_name else set()
         kept = [pair for index, pair in enumerate(pairs) if index not in hidden and not genes & set(pair.perturbation.genes)]
         nothing = np.zeros((0, len(screen.genes.labels)))
+        names = [pairs[index].perturbation.name for index in hidden]
         if not kept:
-            return cls({0: 0.0}, nothing, nothing, nothing)
+            return cls(names, {0: np.zeros(len(names))}, nothing, nothing, nothing)
         network = new_network(screen, kept, config, start)
         look = HiddenPairs(network, screen, [pairs[index] for index in hidden], config)
-        curve = {0: look().score[0]}
+        look()  # before any step
         best = _fit(network, screen, kept, config, look, Course())
-        curve |= {int(row["step"]): row["val/pearson"] for row in best.history if "val/pearson" in row}
+        looked_at = [0, *(int(row["step"]) for row in best.history if "val/pearson" in row)]
+        curve = dict(zip(looked_at, look.seen, strict=True))
         network.load_state_dict(best.weights)
         changes = mean_changes(screen, kept)
         known = [at for at, pair in enumerate(look.pairs) if pair.perturbation.name in changes]
         measured = [changes[look.pairs[at].perturbation.name] for at in known]
-        return cls(curve, look.truth[known], look.changes()[known], np.stack(measured) if measured else nothing)
+        return cls(names, curve, look.truth[known], look.changes()[known], np.stack(measured) if measured else nothing)
+
+
+def surest_step(folds: Sequence[Fold]) -> int:
+    """The number of steps with the highest mean over hidden perturbations, if that is no accident; else 0: only targets change.
+
+    No accident: the gain over 0 steps is more than twice its standard error over perturbations (over pairs, where there is
+    but one). A fold that ended earlier counts with its last look.
+    """
+    names = np.array([name for fold in folds for name in fold.names])
+    units = names if len(set(names)) >= 3 else np.arange(len(names)).astype(str)
+    steps = sorted(set().union(*(fold.curve for fold in folds)))
+    scores = np.stack([np.concatenate([_at(fold.curve, step) for fold in folds]) for step in steps])
+    gains = np.stack([(scores - scores[0])[:, units == unit].mean(1) for unit in sorted(set(units))])  # units x steps
+    best = int(np.argmax(gains.mean(0)))
+    error = gains[:, best].std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
+    return steps[best] if gains[:, best].mean() > CERTAIN * error else 0
+
+
+def _at(curve: Mapping[int, Table], step: int) -> Table:
+    return curve[max(at for at in curve if at <= step)]
 
 
 def best_share(folds: Sequence[Fold]) -> float:
@@ -153,6 +178,7 @@ class HiddenPairs:
     def __init__(self, network: CellPLM, screen: Screen, pairs: Sequence[Pair], config: PerturbationConfig) -> None:
         self.network, self.screen, self.pairs = network, screen, pairs
         self.halves = [halved(pair.control, config.seed) for pair in pairs]
+        self.seen: list[Table] = []  # correlations of every pair [n], look by look
         self.truth = np.stack([screen.mean(pair.perturbed) - screen.mean(half[1]) for pair, half in zip(pairs, self.halves, strict=True)])
 
     def changes(self) -> Table:
@@ -164,7 +190,8 @@ class HiddenPairs:
         """Mean over pairs of the correlation over genes, and the squared error."""
         found = self.changes()
         error = float(((found - self.truth) ** 2).mean())
-        score = float(np.nanmean(correlations(self.truth.T, found.T)))
+        self.seen.append(np.nan_to_num(correlations(self.truth.T, found.T)))
+        score = float(self.seen[-1].mean())
         return Look({"val/pearson": score, "val/mse": error}, (round(score, 4), -error))
 
 
