@@ -20,8 +20,11 @@ _HOMES = {
     "CellTypeAnnotationPipeline": "cellplane.pipelines.annotation",
     "CellplaneError": "cellplane.errors",
     "Client": "cellplane.client",
+    "DenoisingPipeline": "cellplane.pipelines.denoising",
     "GeneVocabulary": "cellplane.genes",
+    "PerturbationPipeline": "cellplane.pipelines.perturbation",
     "Predictor": "cellplane.inference",
+    "SpatialImputationPipeline": "cellplane.pipelines.imputation",
 }
 
 __all__ = [
@@ -30,8 +33,11 @@ __all__ = [
     "CellTypeAnnotationPipeline",
     "CellplaneError",
     "Client",
+    "DenoisingPipeline",
     "GeneVocabulary",
+    "PerturbationPipeline",
     "Predictor",
+    "SpatialImputationPipeline",
     "__version__",
 ]
 
