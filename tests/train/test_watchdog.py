@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cellplane.train.watchdog import Peer, Watchdog, found_stacks
+from cellplane.train.watchdog import ASKING, Peer, Watchdog, found_stacks
 
 HANGS = """if True:
     import sys, threading, time
@@ -86,7 +86,7 @@ def test_a_stopped_rank_ends_the_group_and_both_say_where_they_stood(engine, ran
     monkeypatch.setenv("FAULT_SIGNAL", "SIGSTOP")
     began = time.monotonic()
     codes = run_workers(config, tmp_path / "stopped", 2, f"step_rank{rank}:3")
-    assert codes[rank] == -signal.SIGKILL
+    assert codes[rank] in (-ASKING, -signal.SIGKILL)  # it never took another step, however fast the machine
     assert codes[1 - rank] != 0
     assert time.monotonic() - began < 100
     texts = {path.name.split("-pid")[0]: path.read_text() for path in found_stacks(tmp_path / "stopped" / "runs" / "r" / "stacks", 0)}

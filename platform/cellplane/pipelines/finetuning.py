@@ -72,12 +72,13 @@ def run_finetune(config: Any, progress: Progress = quiet) -> JobReport:
             pipeline = _fit(config, folder, identity, progress)
             _save(pipeline, folder.model, identity, None)  # scoring may fail, training is done
         figures = fresh(folder.artifacts / "plots")
-        plots.loss_plot(journal_rows(journal), figures / "loss.png", f"Fine-tuning loss, {config.run}")
+        if steps := [row for row in journal_rows(journal) if "train/loss" in row["metrics"]]:  # a fit may find that no step helps
+            plots.loss_plot(steps, figures / "loss.png", f"Fine-tuning loss, {config.run}")
         scores = task.score(pipeline, config, figures)
         _save(pipeline, folder.model, identity, scores)
         run_id, version = publish(pump, config, Left(folder.model, folder.artifacts, config.register_as, scores))
-    steps = max((row.step for row in journal.rows()), default=0)
-    return JobReport(folder.model, reused, steps, time.monotonic() - began, run_id, version, scores)
+    last = max((row.step for row in journal.rows()), default=0)
+    return JobReport(folder.model, reused, last, time.monotonic() - began, run_id, version, scores)
 
 
 def resumed_job(task: str, run: str, config: str | None, overrides: list[str]) -> Any:

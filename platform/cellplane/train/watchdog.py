@@ -2,12 +2,13 @@
 
 Every rank runs a thread that wants to hear of a step now and then. When it does not for `workers.collective_timeout_s`, it
 writes where all of its threads stand into the run folder, asks silent ranks of its node to do the same (a stopped process
-is continued for that moment), and kills those that had to be asked. Their peers then fail at once, and the run starts
+is continued for that moment), and those that had to be asked end with that. Their peers then fail at once, and the run starts
 again from its newest checkpoint. A rank whose own work stays stuck kills itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -24,7 +25,7 @@ from cellplane.processes import Member, this_process
 
 log = logging.getLogger(__name__)
 
-ASKING = signal.SIGUSR1  # makes a rank write where it stands, even one whose interpreter is stuck
+ASKING = signal.SIGUSR1  # makes a rank write where it stands, even one whose interpreter is stuck, and end
 ANSWER_S = 3.0  # a rank that is merely waiting notices by itself within this time after the first one
 START_S = 120.0  # the first step also compiles, loads and connects
 
@@ -73,7 +74,8 @@ class Watchdog:
         """Watches for the duration of a block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", encoding="utf-8") as file:
-            faulthandler.register(ASKING, file=file, all_threads=True, chain=False)
+            # chained to the signal's own meaning, the end: a stopped rank that is continued must not go on for a step or more
+            faulthandler.register(ASKING, file=file, all_threads=True, chain=True)
             thread = threading.Thread(target=self._watch, args=(file.fileno(),), name="cellplane-watchdog", daemon=True)
             thread.start()
             try:
@@ -111,10 +113,17 @@ class Watchdog:
     def _ask_and_end(self, peer: Peer) -> None:
         log.error("rank %d does not answer; it is ended, and what it was doing is in %s", peer.rank, peer.stacks(self.folder))
         with suppress(OSError):
-            os.kill(peer.member.pid, ASKING)
+            _ask_main_thread(peer.member.pid)
             os.kill(peer.member.pid, signal.SIGCONT)
             _complete(peer.stacks(self.folder))
             os.kill(peer.member.pid, signal.SIGKILL)
+
+
+def _ask_main_thread(pid: int) -> None:
+    """Asks the thread that trains: it must answer before it does anything else, or its frames change while they are written."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "tgkill") or library.tgkill(pid, pid, ASKING) != 0:
+        os.kill(pid, ASKING)
 
 
 def _complete(path: Path) -> None:
