@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cellplane.cli.main import run_job
 from cellplane.cli.finetune import finetune_annotate
+from cellplane.cli.main import run_job
 
 if __name__ == "__main__":
     run_job(finetune_annotate)
