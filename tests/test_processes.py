@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from cellplane.errors import PortInUseError, ServiceError, StorageError
-from cellplane.processes import Member, end, listens, locked, port_for, short_temp_dir, spawn, tail, write_private
+from cellplane.processes import Member, end, listens, locked, port_for, short_temp_dir, spawn, tail, usage, write_private
 
 SLEEPER = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
 FAMILY = [
@@ -51,6 +51,18 @@ def test_ending_takes_the_children_along(tmp_path: Path) -> None:
     family = member.family()
     end([member])
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+
+
+def test_usage_is_that_of_the_processes_whose_command_begins_so(tmp_path: Path) -> None:
+    member = spawn(FAMILY, tmp_path, {}, tmp_path / "x.log")
+    try:
+        wait_for(lambda: len(member.family()) == 2)
+        found = usage(member.family(), sys.executable)
+        assert found.keys() == {process.pid for process in member.family()}
+        assert all(seconds >= 0 and 0 < size < 2**30 for seconds, size in found.values())
+        assert usage(member.family(), "ray::") == {}
+    finally:
+        end([member])
 
 
 def test_orphans_of_a_killed_leader_are_found_and_ended(tmp_path: Path) -> None:

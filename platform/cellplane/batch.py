@@ -18,12 +18,14 @@ from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
+from cellplane.data.inputs import check_answers
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
-from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
+from cellplane.errors import CellplaneError, ConfigError, ServiceError
 from cellplane.inference import (
     TASKS,
     Predictor,
+    answered,
     denoise,
     query_keys,
     read_cells,
@@ -82,7 +84,7 @@ def predict_files(config: PredictConfig) -> PredictReport:
     if not ray.is_initialized():
         raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
     out.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in inputs if not _is_done(path, out / path.name, config.task, sha256)]
+    todo = [path for path in inputs if not answered(path, out / path.name, sha256, ANSWERS[config.task])]
     tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
     settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
     with quiet_ray_data():
@@ -103,33 +105,12 @@ def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
         if not getattr(config, name):
             raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
     inputs = [Path(path) for path in config.inputs]
-    if len({path.name for path in inputs}) != len(inputs):
-        raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        if path.resolve().parent == Path(config.out).resolve():
-            raise ConfigError(f"the answer for {path} would overwrite it: choose another folder for out")
+    check_answers(inputs, Path(config.out))
     model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
     manifest = verify_model(model)
     if config.task not in (can := TASKS[manifest["task"]]):
         raise ConfigError(f"{config.model} cannot {config.task}, it can {', '.join(can)}; name a model that was fine-tuned for it")
     return inputs, model, manifest["model_sha256"]
-
-
-def _is_done(source: Path, answer: Path, task: str, sha256: str) -> bool:
-    """Whether ``answer`` holds what this model says to this task about ``source`` as it is now."""
-    if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
-        return False
-    try:
-        adata = read_h5ad(answer, backed=True)
-    except DataError:
-        return False
-    try:
-        place, key = ANSWERS[task]
-        return key in getattr(adata, place) and adata.uns.get("cellplm", {}).get("model_sha256") == sha256
-    finally:
-        adata.file.close()
 
 
 def _predict_file(task: dict[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.naming import best_naming
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
-from cellplane.data.sources import AnnData, cell_table, find_counts
+from cellplane.data.sources import AnnData, cell_table, find_counts, read_h5ad
 from cellplane.errors import ConfigError, DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
@@ -355,3 +355,18 @@ def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": "float32",
         **{key: value for key, value in report.items() if value is not None},
     }
+
+
+def answered(source: Path, answer: Path, sha256: str, holds: tuple[str, str] = ("uns", "cellplm")) -> bool:
+    """Whether ``answer`` is what the model of this checksum wrote about ``source`` as it is now, with ``holds`` (place, key) in it."""
+    if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        return False
+    try:
+        adata = read_h5ad(answer, backed=True)
+    except DataError:
+        return False
+    try:
+        place, key = holds
+        return key in getattr(adata, place) and bool(adata.uns.get("cellplm", {}).get("model_sha256") == sha256)
+    finally:
+        adata.file.close()

@@ -67,6 +67,17 @@ def this_process() -> Member:
     return Member(os.getpid(), psutil.Process().create_time())
 
 
+def usage(processes: Sequence[psutil.Process], named: str) -> dict[int, tuple[float, int]]:
+    """By pid, (CPU seconds so far, bytes of memory that is its own) of those whose command line begins with ``named``."""
+    found = {}
+    for process in processes:
+        with suppress(psutil.Error):  # it may end while we look
+            if "".join(process.cmdline()).startswith(named):
+                times, memory = process.cpu_times(), process.memory_info()
+                found[process.pid] = (times.user + times.system, memory.rss - getattr(memory, "shared", 0))
+    return found
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,17 @@ def _parts(cells: int, genes: int, nonzeros: int) -> Iterator[Any]:
 
     samples = [f"sample{number}" for number in range(-(-cells // (5 * CELLS_AT_ONCE)))]
     var = pd.DataFrame(index=[f"GENE{gene:05d}" for gene in range(genes)])
-    drawn: dict[int, sp.csr_matrix] = {}
+    draw = cache(_block) if cells > LARGE else _block
     for start in range(0, cells, CELLS_AT_ONCE):
         size = min(CELLS_AT_ONCE, cells - start)
-        seed = start % (DISTINCT * CELLS_AT_ONCE) if cells > LARGE else start
-        if seed not in drawn or drawn[seed].shape[0] != size:
-            crow, gene, value = random_cells(size, nonzeros, genes, seed=seed)
-            drawn = {**drawn, seed: sp.csr_matrix((value, gene.astype(np.int32), crow.astype(np.int32)), shape=(size, genes))}
-        matrix = drawn[seed] if cells > LARGE else drawn.pop(seed)
+        matrix = draw(size, genes, nonzeros, start % (DISTINCT * CELLS_AT_ONCE) if cells > LARGE else start)
         sample = pd.Categorical([samples[start // (5 * CELLS_AT_ONCE)]] * size, categories=samples)
         yield AnnData(X=matrix, obs=pd.DataFrame({"batch": sample}, index=[f"cell{row}" for row in range(start, start + size)]), var=var)
+
+
+def _block(size: int, genes: int, nonzeros: int, seed: int) -> sp.csr_matrix:
+    crow, gene, value = random_cells(size, nonzeros, genes, seed)
+    return sp.csr_matrix((value, gene.astype(np.int32), crow.astype(np.int32)), shape=(size, genes))
 
 
 def convert(source: str, out: str, mode: str) -> dict[str, float]:

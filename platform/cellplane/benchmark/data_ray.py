@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import re
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import ray
 from cellplane.benchmark.worker import resident_bytes, serve
 from cellplane.data.config import ConvertConfig, DataKeys
 from cellplane.data.convert import convert
+from cellplane.processes import this_process, usage
 
 
 def in_train_worker(module: str, function: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -99,18 +99,10 @@ class _Workers:
         return sum(self._seconds.values())
 
     def _watch(self) -> None:
-        tick = os.sysconf("SC_CLK_TCK")
         while not self._done.wait(1.0):
-            sizes = [0]
-            for folder in _below(os.getpid()):
-                with suppress(OSError, LookupError, ValueError, IndexError):  # it may end while we look
-                    if not (folder / "cmdline").read_text().startswith("ray::"):
-                        continue
-                    fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-                    self._seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / tick
-                    status = (folder / "status").read_text().splitlines()
-                    sizes.append(next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")))
-            self.peaks.append((time.perf_counter() - self._began, max(sizes)))
+            found = usage(this_process().family(), "ray::")
+            self._seconds |= {pid: seconds for pid, (seconds, _) in found.items()}
+            self.peaks.append((time.perf_counter() - self._began, max((size for _, size in found.values()), default=0)))
 
     def __enter__(self) -> _Workers:
         self._thread.start()
@@ -119,21 +111,6 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-
-
-def _below(pid: int) -> list[Path]:
-    """The /proc folders of all processes that descend from this one."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, IndexError, ValueError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    found, todo = [], [pid]
-    while todo:
-        above = todo.pop()
-        children = [child for child, parent in parents.items() if parent == above]
-        found += [Path("/proc") / str(child) for child in children]
-        todo += children
-    return found
 
 
 if __name__ == "__main__":

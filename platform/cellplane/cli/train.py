@@ -10,6 +10,10 @@ import typer
 from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, progress, report_of, scores_table, table, use_running_stack
 
 evaluate_app = typer.Typer(help="Score a model beside its baselines.", no_args_is_help=True)
+Inputs = Annotated[list[Path] | None, typer.Argument(help="h5ad files.")]
+AskedModel = Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")]
+Answers = Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")]
+
 predict_app = typer.Typer(help="Ask a model about the cells of h5ad files.", no_args_is_help=True)
 
 
@@ -125,9 +129,9 @@ def evaluate_pretraining(
 
 @predict_app.command("annotate")
 def predict_annotate(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="h5ad files.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")] = None,
+    inputs: Inputs = None,
+    model: AskedModel = None,
+    out: Answers = None,
     config: ConfigOption = "annotate",
     override: Overrides = None,
     as_json: Json = False,
@@ -138,9 +142,9 @@ def predict_annotate(
 
 @predict_app.command("embed")
 def predict_embed(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="h5ad files.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")] = None,
+    inputs: Inputs = None,
+    model: AskedModel = None,
+    out: Answers = None,
     config: ConfigOption = "annotate",
     override: Overrides = None,
     as_json: Json = False,
@@ -151,9 +155,9 @@ def predict_embed(
 
 @predict_app.command("denoise")
 def predict_denoise(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="h5ad files.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")] = None,
+    inputs: Inputs = None,
+    model: AskedModel = None,
+    out: Answers = None,
     config: ConfigOption = "annotate",
     override: Overrides = None,
     as_json: Json = False,

@@ -20,7 +20,7 @@ import fsspec
 from cellplane.config import home
 from cellplane.data.files import HASH_CHUNK_BYTES, storage_errors
 from cellplane.data.guard import is_zarr
-from cellplane.errors import CellplaneError, DataError
+from cellplane.errors import CellplaneError, ConfigError, DataError
 
 WHOLE_BYTES = 256 * 1024**2  # a smaller source is hashed byte by byte
 END_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 1024**2, 256, 64 * 1024  # of a larger one: both ends, where HDF5 keeps its tables, and samples
@@ -38,6 +38,17 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
         for path in _meant(text):
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def check_answers(inputs: Sequence[Path], out: Path) -> None:
+    """ConfigError when answers named as their inputs would overwrite one another or an input, DataError for an input that is not there."""
+    if len({path.name for path in inputs}) != len(inputs):
+        raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        if path.resolve().parent == out.resolve():
+            raise ConfigError(f"the answer for {path} would overwrite it: choose another folder for out")
 
 
 def _meant(text: str) -> list[Path]:

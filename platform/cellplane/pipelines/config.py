@@ -12,6 +12,18 @@ from cellplane.data.config import DataKeys
 from cellplane.model.config import MaskingConfig, ModelConfig
 from cellplane.train.config import CheckpointConfig, FitConfig, OptimizerConfig
 
+SMALL_DECODING = ModelConfig(  # for a few thousand cells and genes, learned from scratch in a minute
+    width=64,
+    n_heads=2,
+    n_blocks=1,
+    latent="ae",
+    latent_width=32,
+    decoder_width=64,
+    decoder_bottleneck=32,
+    dropout=0.0,
+    gene_init_sd=0.1,
+)
+
 
 class AnnotationConfig(FitConfig):
     """How `CellTypeAnnotationPipeline.fit` learns."""

@@ -49,7 +49,8 @@ from cellplane.model.masking import Mask, mask_genes
 from cellplane.model.noise import Noise
 from cellplane.pipelines.base import Estimator, base_name, check_transfer, starting_model, take_over
 from cellplane.pipelines.config import DenoisingConfig
-from cellplane.pipelines.denoising_scores import Answers, Scores, evaluate
+from cellplane.pipelines.denoising_scores import Answers, evaluate
+from cellplane.pipelines.job import Scores
 from cellplane.seeds import keyed_seed
 from cellplane.train.finetune import Best, Course, Look, Progress, finetune
 from cellplane.train.loop import Keeping

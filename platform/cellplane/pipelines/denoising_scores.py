@@ -25,13 +25,12 @@ from cellplane.data.sentences import CellTable
 from cellplane.errors import DataError
 from cellplane.inference import RATES_PER
 from cellplane.pipelines.baselines import COMPONENTS, NEIGHBOURS, log_cp10k
+from cellplane.pipelines.job import MODEL_ROW, Scores
 
 Piece = tuple[NDArray[np.int64], NDArray[Any]]  # rows [c], their shares of the total by gene [c, G]
 Answers = Iterable[Piece]
 Ask = Callable[[CellTable], Answers]
-Scores = dict[str, dict[str, float]]
 
-MODEL_ROW = "cellplm"
 FLIPPED, KEPT = 0.1, 0.9  # of the non-zeros of a cell, of every count (both the field's)
 ENOUGH_NONZEROS = 5  # a cell with no more loses none (the released protocol)
 RATE_SCALE = 20.0  # non-zeros are chosen with weights exp(-count / 20) (the released protocol)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,24 @@ def identity_of(config: Any) -> str:
     """Fingerprint of recipe, data and base model: a finished folder with the same one is reused, a checkpoint fits."""
     plain = to_plain(config)
     plain |= {name: None for name in config.indifferent}
-    plain |= {name: file_sha256(Path(value)) for name in config.inputs if (value := getattr(config, name))}
+    plain |= _input_hashes(config)
     if config.base_model is not None:
         plain["base_model"] = verify_model(_base(config))["model_sha256"]
     plain |= {name: _identifying(plain[name]) for name in ("model", "masking") if name in plain}
     kept = {name: value for name, value in plain.items() if name not in NOT_THE_MODEL and (name not in LATER or value != LATER[name])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _input_hashes(config: Any) -> dict[str, str]:
+    """sha256 of every input file, by the key that names it."""
+    paths = {name: Path(value) for name in config.inputs if (value := getattr(config, name))}
+    return {name: _sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths.items()}
+
+
+@lru_cache(maxsize=16)
+def _sha256_of(path: Path, _bytes: int, _mtime_ns: int) -> str:
+    """A file is asked for by the identity, the tags and a resumed job, and may be large: read it once while it is the same."""
+    return file_sha256(path)
 
 
 def _identifying(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +137,7 @@ def _base(config: Any) -> Path:
 
 
 def _spec(config: Any, identity: str) -> RunSpec:
-    hashes = {f"{name}_sha256": file_sha256(Path(value)) for name in config.inputs if (value := getattr(config, name))}
+    hashes = {f"{name}_sha256": sha256 for name, sha256 in _input_hashes(config).items()}
     return RunSpec(
         run_key=f"finetune:{config.run}:{identity[:16]}",
         experiment=f"cellplane/finetune/{config.task}",

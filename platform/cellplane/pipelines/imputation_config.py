@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cellplane.data.config import DataKeys
 from cellplane.model.config import ModelConfig
+from cellplane.pipelines.config import SMALL_DECODING
 from cellplane.train.config import FitConfig, OptimizerConfig
 
 
@@ -27,17 +28,7 @@ class ImputationConfig(FitConfig):
     """Without a list of genes: how many of the reference's most variable ones are imputed."""
     recipe: Literal["joint", "official"] = "joint"
     """joint: platform tokens, scaled input, hidden genes never visible; official: hidden in the query only, as released."""
-    model: ModelConfig = ModelConfig(
-        width=64,
-        n_heads=2,
-        n_blocks=1,
-        latent="ae",
-        latent_width=32,
-        decoder_width=64,
-        decoder_bottleneck=32,
-        dropout=0.0,
-        gene_init_sd=0.1,
-    )
+    model: ModelConfig = SMALL_DECODING
     """The network when no base model is given; a base model brings its own."""
     new_genes: Literal["leave_out", "add"] = "add"
     """Genes that the base model does not know: left out, or added, beginning as the mean of those it knows."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from cellplane.data.config import DataKeys
 from cellplane.model.config import ModelConfig
+from cellplane.pipelines.config import SMALL_DECODING
 from cellplane.train.config import FitConfig, OptimizerConfig
 
 Kind = Literal["knockout", "crispri", "crispra", "stimulation"]
@@ -39,17 +41,7 @@ class PerturbationConfig(FitConfig):
     """What happens in fit to perturbations whose gene is not known: refused, or left out with a warning; a stimulus is always learned."""
     fallback: Literal["error", "mean_of_training"] = "error"
     """What predict answers to them: an error, or the mean change of the training perturbations, flagged in obs."""
-    model: ModelConfig = ModelConfig(
-        width=64,
-        n_heads=2,
-        n_blocks=1,
-        latent="ae",
-        latent_width=32,
-        decoder_width=64,
-        decoder_bottleneck=32,
-        dropout=0.1,
-        gene_init_sd=0.1,
-    )
+    model: ModelConfig = replace(SMALL_DECODING, dropout=0.1)
     """The network when no base model is given; a base model brings its own embedder and encoder."""
     new_genes: Literal["leave_out", "add"] = "add"
     """Genes that the base model does not know: left out, or added, beginning as the mean of those it knows."""

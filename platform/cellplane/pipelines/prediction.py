@@ -9,8 +9,10 @@ from typing import Any
 
 from cellplane.artifact.folder import load_model
 from cellplane.config import home
+from cellplane.data.inputs import check_answers
 from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
-from cellplane.errors import ConfigError, DataError
+from cellplane.errors import ConfigError
+from cellplane.inference import answered
 from cellplane.pipelines.imputation import SpatialImputationPipeline
 from cellplane.pipelines.perturbation import PerturbationPipeline
 from cellplane.tracking.registry import resolve_model
@@ -36,11 +38,11 @@ def predict_new(task: str, model: str, files: tuple[Sequence[Path], Path], pertu
     folder = load_model(resolve_model(model, None, home() / "cache").path)
     if folder.task != task:
         raise ConfigError(f"{model} is a {folder.task} model, not one to {task} with: cellplane finetune {task} makes one")
-    _check(inputs, out)
+    check_answers(inputs, out)
     pipeline = PIPELINES[task]()
     pipeline.adopt(folder)
     answers = [out / path.name for path in inputs]
-    done = [perturbations is None and _is_done(*pair, folder.model_sha256) for pair in zip(inputs, answers, strict=True)]
+    done = [perturbations is None and answered(*pair, folder.model_sha256) for pair in zip(inputs, answers, strict=True)]
     for path, answer, reuse in zip(inputs, answers, done, strict=True):
         if not reuse:
             write_h5ad(_ask(pipeline, read_h5ad(path), perturbations), answer)
@@ -50,23 +52,3 @@ def predict_new(task: str, model: str, files: tuple[Sequence[Path], Path], pertu
 
 def _ask(pipeline: Any, data: AnnData, perturbations: Sequence[str] | None) -> AnnData:
     return pipeline.predict(data) if perturbations is None else pipeline.predict(data, perturbations)
-
-
-def _check(inputs: Sequence[Path], out: Path) -> None:
-    if len({path.name for path in inputs}) != len(inputs):
-        raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        if path.resolve().parent == out.resolve():
-            raise ConfigError(f"the answer for {path} would overwrite it: choose another folder for out")
-
-
-def _is_done(source: Path, answer: Path, sha256: str) -> bool:
-    """Whether ``answer`` is what this model says about ``source`` as it is now."""
-    if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
-        return False
-    try:
-        return bool(read_h5ad(answer).uns.get("cellplm", {}).get("model_sha256") == sha256)
-    except DataError:
-        return False

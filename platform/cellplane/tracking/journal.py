@@ -58,6 +58,7 @@ class Journal:
             kept = [row for row in self._scan()[0] if row.step <= step]
             temporary = self.path.with_name(self.path.name + ".tmp")
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as file:
                     file.writelines(map(_line, kept))
                     file.flush()

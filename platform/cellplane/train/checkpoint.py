@@ -84,12 +84,9 @@ class Checkpoints:
         copied = replace(
             state, weights=self._buffers["weights"].copy(state.weights), optimizer=self._buffers["optimizer"].copy(state.optimizer)
         )
-        self._background.start(lambda: self._write_and_forget(copied, score))
+        self._background.start(lambda: self._write(copied, score))
         fault("checkpoint_handed_over")
         return self.folder / folder_name(state.step)
-
-    def _write_and_forget(self, state: TrainingState, score: float | None) -> None:
-        self._write(state, score)
 
     def _write(self, state: TrainingState, score: float | None) -> Path:
         self.begin()

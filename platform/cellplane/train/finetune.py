@@ -127,7 +127,6 @@ def _scales(names: Sequence[str], decay: float) -> dict[str, float]:
 def _begin(keeping: Keeping, watch: _Watch, done: int) -> Keeping:
     """The keeping of this fit: its journal cut at the restored step, what it tells already in the history."""
     if keeping.journal is not None:
-        keeping.journal.path.parent.mkdir(parents=True, exist_ok=True)
         keeping.journal.cut(done)
         for row in keeping.journal.rows():
             watch.write_down(row.step, row.metrics)

@@ -9,15 +9,14 @@ a run that is started again with other settings can say which ones differ.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cellplane.config import Config, home, read_yaml, to_plain, to_yaml
+from cellplane.data.files import atomic_file
 from cellplane.errors import ConfigError, StorageError
 
 
@@ -101,14 +100,10 @@ class RunFolder:
         return found if {"identity", "vocabulary_fingerprint", "n_genes"} <= found.keys() else {}
 
     def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise _refused(path, error) from error
 
     def differences(self, config: Config, sections: tuple[str, ...]) -> list[str]:

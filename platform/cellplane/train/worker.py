@@ -149,7 +149,6 @@ def _same_everywhere(state: TrainingState | None, world_size: int) -> TrainingSt
 
 
 def _journal(folder: RunFolder, done: int) -> Journal:
-    folder.path.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder.journal)
     journal.cut(done)
     return journal
