@@ -127,6 +127,19 @@ def test_other_settings_are_another_model(first, at_home):
     assert len({identity, *(identity_of(at_home.config(**change)) for change in changes)}) == 1 + len(changes)
 
 
+def test_an_input_is_hashed_once_until_it_changes(at_home, tmp_path, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(finetuning, "file_sha256", lambda path: read.append(path) or f"{len(read):064d}")
+    copy = tmp_path / "cells.h5ad"
+    copy.write_bytes(at_home.test.read_bytes())
+    config = at_home.config(data=str(copy), test=None)
+    assert identity_of(config) == identity_of(config)
+    assert read == [copy]
+    copy.write_bytes(copy.read_bytes() + b" ")
+    identity_of(config)
+    assert read == [copy, copy]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -136,7 +149,7 @@ def test_other_settings_are_another_model(first, at_home):
 )
 def test_a_run_of_an_earlier_version_keeps_its_identity(monkeypatch, tmp_path, changes, expected):
     """Both were computed by the version before this one, which knew no transfer, guard, device or checkpoints."""
-    monkeypatch.setattr(finetuning, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(finetuning, "_input_hashes", lambda config: {"data": "0" * 64})
     monkeypatch.setattr(finetuning, "verify_model", lambda path: {"model_sha256": "1" * 64})
     monkeypatch.setattr(finetuning, "_base", lambda config: tmp_path)
     assert identity_of(FinetuneConfig(data="cells.h5ad", **changes)) == expected
