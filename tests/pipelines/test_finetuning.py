@@ -263,7 +263,7 @@ def in_another_process(config: Any, fault: str) -> int:
 def test_a_job_that_was_killed_goes_on_and_makes_the_same_model(first, alone, monkeypatch):
     """Model, lineage and scores are those of the job that nothing disturbed; --resume needs the run's name alone."""
     place, report, _ = first
-    config = alone.config(data=str(place.train), test=None, checkpoint={"every_steps": 10})
+    config = alone.config(data=str(place.train), test=None, checkpoint={"every_steps": 10, "asynchronous": False})
     assert in_another_process(config, "step_rank0:16") == -9
     assert not RunFolder.of("types").model.exists()
     told: list[int] = []
@@ -318,7 +318,7 @@ def denoise_config(place: Place, **changes: Any) -> DenoiseJobConfig:
 
 def test_a_denoising_job_is_tracked_resumed_and_reused(alone, empty_tracker, query):
     (alone.home / "mlflow.db").write_bytes(empty_tracker)
-    config = denoise_config(alone, tracking_uri=local_uri(alone.home), checkpoint={"every_steps": 5})
+    config = denoise_config(alone, tracking_uri=local_uri(alone.home), checkpoint={"every_steps": 5, "asynchronous": False})
     assert in_another_process(config, "step_rank0:7") == -9
     told: list[int] = []
     report = run_finetune(config, lambda done, total, metrics: told.append(done))

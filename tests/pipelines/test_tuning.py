@@ -145,7 +145,7 @@ def test_a_trial_goes_on_from_its_own_checkpoint(at_home, tmp_path):
     """A worker that died with its driver; what it reports afterwards counts the looks before."""
     plan = plan_search(search(at_home, run="continued", trials=1))
     settings = {**tuning._settings(plan), "folder": str(tmp_path)}
-    settings["jobs"]["0000"]["checkpoint"]["every_steps"] = 3
+    settings["jobs"]["0000"]["checkpoint"] |= {"every_steps": 3, "asynchronous": False}
     whole: list[tuple[int, float]] = []
     fit_trial(settings, "0000", lambda step, score: whole.append((step, score)))
     shutil.rmtree(tmp_path / "trials")

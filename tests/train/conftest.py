@@ -61,7 +61,7 @@ def run_config(shards: Path) -> MakeConfig:
             "model": TINY,
             "plan": {"cells_per_micro_batch": 24, "micro_batches_per_step": 3},
             "optimizer": {"steps": STEPS, "lr": 3e-3, "warmup_steps": 2},
-            "checkpoint": {"every_steps": 3, "keep": 2},
+            "checkpoint": {"every_steps": 3, "keep": 2, "asynchronous": False},  # so that a kill finds the same files on any machine
         }
         for section, values in (changes or {}).items():
             plain[section] = {**plain.get(section, {}), **values} if isinstance(values, Mapping) else values

@@ -37,7 +37,7 @@ def undisturbed(run_config, tmp_path_factory) -> Callable[[int], Path]:
 
 @pytest.mark.parametrize(("stage", "point"), KILLS)
 def test_a_kill_leaves_no_trace_in_the_losses(stage, point, run_config, undisturbed, losses, tmp_path):
-    config = run_config("r", {"engine": {"zero_stage": stage}, "checkpoint": {"every_steps": KEPT}})
+    config = run_config("r", {"engine": {"zero_stage": stage}, "checkpoint": {"every_steps": KEPT, "asynchronous": True}})
     assert -9 in run_forked(config, tmp_path, 2, {"FAULT_AT": point})
     assert run_forked(config, tmp_path, 2) == [0, 0], (tmp_path / "rank-0.log").read_text()[-2000:]
     assert losses(tmp_path, "r") == losses(undisturbed(stage), "r")

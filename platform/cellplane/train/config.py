@@ -139,7 +139,8 @@ class CheckpointConfig(Config):
     keep_best: bool = True
     """Where there is a validation, the checkpoint with the lowest validation loss stays too."""
     asynchronous: bool = True
-    """A thread writes while the next steps are computed; the state is copied first, so the file is that of its step."""
+    """A thread writes while the next steps are computed; the state is copied first, so the file is that of its step. A kill
+    before it is complete costs the interval before it too; false: the run waits, and a kill costs one interval at most."""
     format: Literal["consolidated", "sharded"] = "consolidated"
     """One verified file set for any engine and world size, or DeepSpeed's own shards (above ~3 B parameters)."""
     folder: str | None = None
