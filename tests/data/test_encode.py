@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cellplane.data.encode import PIECE, Encoded, Encoder, NotWholeError
+from cellplane.data.encode import PIECE, Encoded, Encoder, NotWholeError, gathered
 from cellplane.data.matrices import RawRows
 from cellplane.data.order import hilbert, sentence_patches, sentence_rows, sentence_runs
 from cellplane.data.sentences import contexts
@@ -136,3 +136,18 @@ def test_sums_of_repeated_entries_are_as_large_as_they_are(dtype):
     most = 2048 if dtype is np.float16 else int(np.iinfo(dtype).max)
     assert listed(encoder([0, 1])(raw([[(1, most), (1, most), (1, 1)]], dtype), 0)) == [[(1, 2 * most + 1)]]
     assert listed(encoder([0, 0])(raw([[(0, most), (1, most)]], dtype), 0)) == [[(0, 2 * most)]]
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 0, 4], [1, 1, 1, 4]])
+@pytest.mark.parametrize("kept", [0, 3, 7])
+def test_cells_of_several_parts_are_gathered_as_if_they_were_one(sizes, kept):
+    """Rows with and without escaped values, in any order, some not at all."""
+    rng = np.random.default_rng(len(sizes))
+    matrix = sp.random(7, 5, 0.6, format="csr", dtype=np.float32, random_state=rng)
+    matrix.data = rng.choice([1, 3, 254, 255, 300, 70_000], len(matrix.data)).astype(np.float32)
+    encode, edges = encoder(range(5)), np.cumsum([0, *sizes])
+    cut = [matrix[start:end] for start, end in itertools.pairwise(edges)]
+    parts = [encode(RawRows(part.indptr.astype(np.int64), part.indices, part.data), 0) for part in cut]
+    rows, all_rows = rng.permutation(7)[:kept], [row for part in parts for row in listed(part)]
+    assert listed(gathered(parts, rows)) == [all_rows[row] for row in rows]
+    assert parts == []

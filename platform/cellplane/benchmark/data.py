@@ -26,7 +26,7 @@ CONVERTER, WATCHED = "cellplane.benchmark.data_convert", "cellplane.benchmark.da
 NODES, CORES = 16, 32  # of the cluster a projection is for
 LIBRARIES = {"annbatch": "annbatch", "scDataset": "loaders", "SCDL": "loaders"}  # and the environment of each
 BLOCK = 2000  # cells, as many as a sentence of a simulated sample has
-GIB = 1 << 30
+GB = 1e9
 CONVERTED = 3  # times: the first one pays for memory that the machine has not used yet
 FASTER_READING = {"annbatch": 5.0, "scDataset": 20.0, "SCDL": 20.0}
 FASTER_CONVERSION = {"annbatch": 4.0, "SCDL": 4.0}
@@ -136,10 +136,10 @@ def conversion(plan: DataBenchmark, files: Files) -> Iterator[Figure]:
         answers = [_fresh_conversion(plan, source, out, mode) for _ in range(CONVERTED)]
         best = min(answers, key=lambda answer: float(answer["cpu_s"]))
         name = f"conversion, {mode}, {'gzip' if gzip else 'uncompressed'}"
-        details = {"wall_s": best["wall_s"], "before_gib": best["before_bytes"] / GIB}
+        details = {"wall_s": best["wall_s"], "before_gb": best["before_bytes"] / GB}
         yield at_least(name, plan.cells / best["cpu_s"], limit, "cells/CPU-s").because(f"the best of {CONVERTED}", details)
-        peak = max(float(answer["peak_bytes"]) for answer in answers) / GIB
-        yield at_most(f"{name}, peak of the process", peak, 0.5, "GiB").because(details=details)
+        peak = max(float(answer["peak_bytes"]) for answer in answers) / GB
+        yield at_most(f"{name}, peak of the process", peak, 0.5, "GB").because(details=details)
     for library in (library for library in plan.libraries if library in FASTER_CONVERSION):
         yield from _beside(plan, files, library, (f"conversion, full, faster than {library}", FASTER_CONVERSION[library], _conversions))
 
@@ -181,7 +181,7 @@ def _beside(plan: DataBenchmark, files: Files, library: str, compared: Compared)
         return
     speeds = {side: plan.cells / rounds.median(side, "cpu_s") for side in ("ours", library)}
     quiet = conditions(rounds)
-    peaks = {f"{side}_peak_gib": max(float(answer["peak_bytes"]) for answer in rounds.answers[side]) / GIB for side in ("ours", library)}
+    peaks = {f"{side}_peak_gb": max(float(answer["peak_bytes"]) for answer in rounds.answers[side]) / GB for side in ("ours", library)}
     note = f"{speeds[library]:.3g} -> {speeds['ours']:.3g} cells/CPU-s; {quiet['note']}"
     yield at_least(name, rounds.ratio("ours", library, "cpu_s"), limit).because(note, {**quiet["details"], **speeds, **peaks})
 
@@ -204,11 +204,11 @@ def large(plan: DataBenchmark, files: Files) -> Iterator[Figure]:
     yield Figure("large conversion, CPU", per_cpu, "cells/CPU-s", note=f"{found['cpu_s']:.0f} CPU-s of driver and workers")
     slower = (thirds[2] - thirds[1]) / max(thirds[1] - thirds[0], 1e-9)
     yield Figure("last third beside the middle one", slower, "x the time")
-    peaks = [size / GIB for _, size in found["peaks"]]
+    peaks = [size / GB for _, size in found["peaks"]]
     half = len(peaks) // 2
     halves = f"{max(peaks[:half], default=0.0):.2f}, then {max(peaks[half:], default=0.0):.2f} in the second half"
-    yield at_most("memory of a worker at most", max(peaks, default=0.0), 0.5, "GiB").because(halves)
-    yield Figure("memory of the driver at most", found["driver_bytes"] / GIB, "GiB")
+    yield at_most("memory of a worker at most", max(peaks, default=0.0), 0.5, "GB").because(halves)
+    yield Figure("memory of the driver at most", found["driver_bytes"] / GB, "GB")
     pace = per_cpu * NODES * CORES
     traffic = [pace * plan.nonzeros * size / 1e9 for size in (8, 3)]  # bytes an entry of an h5ad and of a shard take
     note = f"if cores convert as here, and storage gives {traffic[0]:.0f} GB/s and takes {traffic[1]:.0f}"

@@ -67,6 +67,37 @@ class Encoded:
         return Encoded(np.concatenate([[0], np.cumsum(lengths)]), gene, x, exact)
 
 
+def gathered(parts: list[Encoded], rows: NDArray[np.int64]) -> Encoded:
+    """The cells ``rows`` of the parts laid end to end, in this order, copied once; the argument is emptied, to free its memory."""
+    if len(parts) == 1:
+        return parts.pop().take(rows)
+    edges = np.cumsum([0, *(part.n_cells for part in parts)])
+    of = np.searchsorted(edges, rows, side="right") - 1
+    own = rows - edges[of]
+    overs = [np.searchsorted(part.escaped(), part.crow) for part in parts]
+    columns = {
+        "gene": ([part.gene for part in parts], [part.crow for part in parts]),
+        "x": ([part.x for part in parts], [part.crow for part in parts]),
+        "exact": ([part.exact for part in parts], overs),
+    }
+    lengths = np.concatenate([np.diff(part.crow) for part in parts])[rows]
+    found = {name: _pick_of(*column, of, own) for name, column in columns.items()}
+    parts.clear()
+    return Encoded(np.concatenate([[0], np.cumsum(lengths)]), **found)
+
+
+def _pick_of(entries: list[NDArray[Any]], edges: list[NDArray[np.int64]], of: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[Any]:
+    """The entries of row ``own`` of part ``of``, for every pair of them, one after another."""
+    if not len(own):
+        return entries[0][:0]
+    starts, ends = np.empty(len(own), dtype=np.int64), np.empty(len(own), dtype=np.int64)
+    for part, edge in enumerate(edges):
+        mine = of == part
+        starts[mine], ends[mine] = edge[own[mine]], edge[own[mine] + 1]
+    places = zip(of.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    return np.concatenate([entries[part][start:end] for part, start, end in places])
+
+
 def escaped_entries(x: NDArray[Any]) -> NDArray[np.int64]:
     """Positions of the escape among stored values, [k]; none in float encodings."""
     escape = ESCAPES.get(x.dtype.name)

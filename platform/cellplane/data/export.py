@@ -22,7 +22,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cellplane.data.encode import Encoded
+from cellplane.data.encode import Encoded, gathered
 from cellplane.data.files import atomic_file
 from cellplane.data.guard import quiet
 from cellplane.data.manifest import DatasetEntry, Manifest, read_vocabulary, verify_shards
@@ -167,7 +167,7 @@ class _Cells:
             raw = self._readers[sentence.shard].raw(sentence.index)
             parts.append(Encoded(raw.block.crow, raw.block.gene, raw.block.value, raw.exact).take(self._at[start:stop][wanted]))
             found.append(wanted)
-        return Encoded.join(parts).take(np.argsort(np.concatenate(found)))
+        return gathered(parts, np.argsort(np.concatenate(found)))
 
 
 def _write(file: h5py.File, cells: _Cells) -> Iterator[int]:

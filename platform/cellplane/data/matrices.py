@@ -21,7 +21,7 @@ from cellplane.data.counts import canonical, check_structure
 from cellplane.data.files import atomic_file, storage_errors
 from cellplane.errors import IntegrityError
 
-READ_BYTES = 24 * 1024**2  # of values and column indices read at once
+READ_BYTES = 16 * 1024**2  # of values and column indices read at once
 CSC_IN_MEMORY_BYTES = 64 * 1024**2  # a smaller CSC matrix is simply loaded
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellplane.data.encode import Encoded
+from cellplane.data.encode import Encoded, gathered
 from cellplane.data.files import atomic_file
 from cellplane.errors import IntegrityError
 
@@ -100,4 +100,4 @@ def gather(runs: Sequence[Run], low: int, high: int) -> Encoded:
         raise IntegrityError(f"the runs hold {len(positions)} of the {high - low} cells from {low}; convert again")
     parts = [part for _, part in found]
     found.clear()
-    return Encoded.join(parts).take(np.argsort(positions, kind="stable"))
+    return gathered(parts, np.argsort(positions, kind="stable"))

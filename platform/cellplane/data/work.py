@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cellplane.data.counts import recover
-from cellplane.data.encode import Encoded, Encoder
+from cellplane.data.encode import Encoded, Encoder, gathered
 from cellplane.data.files import atomic_file, fault, file_sha256, keep_memory
 from cellplane.data.manifest import ShardEntry, check_shard, check_table
 from cellplane.data.matrices import RawRows
@@ -202,7 +202,7 @@ def _read(source: SourceTask, arrays: dict[str, NDArray[Any]], reader: CellReade
             wanted = near[slice(*np.searchsorted(near, [first, first + cells.n_cells]))] - first
             kept.append(cells.take(wanted))
             deviation = max(deviation, off)
-    return Encoded.join(kept).take(np.searchsorted(ascending, rows)), deviation
+    return gathered(kept, np.searchsorted(ascending, rows)), deviation
 
 
 def _sentences(
