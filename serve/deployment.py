@@ -197,7 +197,8 @@ class ModelReplica:
 
 def _annotate(predictor: Predictor, store: MemoryStore) -> dict[str, NDArray[Any]]:
     answer = predictor.annotate(store)
-    return {"cell_type": answer.labels, "confidence": answer.confidence, "unknown_score": 1 - answer.confidence, "proba": answer.proba}
+    strange = 1 - answer.confidence if answer.unknown_score is None else answer.unknown_score  # models of earlier versions have none
+    return {"cell_type": answer.labels, "confidence": answer.confidence, "unknown_score": strange, "proba": answer.proba}
 
 
 def _embed(predictor: Predictor, store: MemoryStore) -> dict[str, NDArray[Any]]:

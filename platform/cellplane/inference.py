@@ -19,7 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder, describe, load_model
+from cellplane.artifact.judgement import UNKNOWN as UNKNOWN
+from cellplane.artifact.judgement import Judgement
 from cellplane.cells import CellBatch
+from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in
 from cellplane.data.config import DataKeys
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.naming import best_naming
@@ -36,7 +39,6 @@ log = logging.getLogger(__name__)
 CELLS_PER_FORWARD = PlanConfig().cells_per_micro_batch
 CELLS_PER_DECODE = 256  # of whom all genes are decoded at a time: 20 MB at 19,374 genes
 RATES_PER = 10_000  # what denoised rates of a cell add up to over the genes it measured and the model knows
-UNKNOWN = "unknown"  # the label of a cell that shows the model no counts
 NO_COUNTS, NO_KNOWN_COUNTS = "no counts", "no counts in genes the model knows"
 TASKS = {  # what each kind of model can be asked
     "pretrain": ("embed",),
@@ -52,13 +54,15 @@ class Annotation:
     """Cell types in the caller's order: ``labels`` [n] str, ``confidence`` [n] in [0, 1], ``proba`` [n, n_classes].
 
     A cell without counts in genes the model knows is UNKNOWN, with confidence 0; its probabilities say what the model
-    thinks of the context alone.
+    thinks of the context alone. ``unknown_score`` [n]: how strange a cell is, see `artifact.judgement`; None from models
+    that did not learn it.
     """
 
     labels: NDArray[np.object_]
     confidence: NDArray[np.float32]
     proba: NDArray[np.float32]
     classes: tuple[str, ...]
+    unknown_score: NDArray[np.float32] | None = None
 
 
 class Predictor:
@@ -67,6 +71,7 @@ class Predictor:
     def __init__(self, folder: ModelFolder, device: str = "cpu", precision: Precision = "float32") -> None:
         self.folder, self.device, self.precision = folder, torch.device(device), precision
         self.model = halved(build_network(folder, precision)).to(self.device).eval()
+        self.judgement = Judgement.of(folder.attachments)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Predictor:
@@ -105,25 +110,42 @@ class Predictor:
         """JSON-ready description: tasks, classes, vocabulary fingerprint, context size, checksum, dtype."""
         return {**describe(self.folder), "tasks": list(self.tasks), "dtype": self.precision}
 
-    def annotate(self, store: SentenceStore) -> Annotation:
-        """Cell types of every cell of the store, in the order of its rows. DataError when the model has no classes."""
-        classes = self.folder.classes
+    def annotate(self, store: SentenceStore, judgement: Judgement | None = None) -> Annotation:
+        """Cell types of every cell of the store, in the order of its rows; ``judgement`` replaces the model's own.
+
+        DataError when the model has no classes.
+        """
+        judgement, classes = judgement or self.judgement, self.folder.classes
         if "annotate" not in self.tasks:
             raise DataError(f"this model ({self.folder.task}) can {', '.join(self.tasks)}; fine-tune it for annotation first")
-        proba = np.zeros((int(store.sizes.sum()), len(classes)), dtype=np.float32)
-        seen = np.zeros(len(proba), dtype=bool)
+        proba = np.zeros((n_asked(store), len(classes)), dtype=np.float32)
+        seen, strange = np.zeros(len(proba), dtype=bool), np.zeros(len(proba), dtype=np.float32)
+        told = judgement.rule is not None
         for batch, output in self._forward(store):
-            if output.logits is None:
+            if output.logits is None and judgement.voters is None:
                 raise IntegrityError("the model says it annotates but has no annotation head")
-            proba[batch.row.numpy()] = output.logits.float().softmax(-1).cpu().numpy()
-            seen[batch.row.numpy()] = (batch.totals() > 0).numpy()
-        best = proba.argmax(1) if len(proba) else np.zeros(0, dtype=np.int64)
-        labels = np.array([classes[index] if counted else UNKNOWN for index, counted in zip(best, seen, strict=True)], dtype=object)
-        return Annotation(labels, np.where(seen, proba.max(1, initial=0.0), np.float32(0)), proba, classes)
+            rows, z = batch.row.numpy(), output.latent.float().cpu().numpy()
+            proba[rows] = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z)
+            seen[rows] = (batch.totals() > 0).numpy()
+            if (scores := judgement.unknown_scores(proba[rows], z, batch)) is not None:
+                strange[rows] = scores
+        labels, confidence = judgement.words(proba, strange if told else None, classes)
+        labels[~seen] = UNKNOWN
+        return Annotation(labels, np.where(seen, confidence, np.float32(0)), proba, classes, strange if told else None)
+
+    def logits(self, store: SentenceStore) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The head's raw logits [n, n_classes] (zeros without a head) and z [n, Z], in the order of the store's rows."""
+        logits = np.zeros((n_asked(store), len(self.folder.classes)), dtype=np.float32)
+        latent = np.zeros((len(logits), self.folder.config.latent_width), dtype=np.float32)
+        for batch, output in self._forward(store):
+            latent[batch.row.numpy()] = output.latent.float().cpu().numpy()
+            if output.logits is not None:
+                logits[batch.row.numpy()] = output.logits.float().cpu().numpy()
+        return logits, latent
 
     def embed(self, store: SentenceStore) -> NDArray[np.float32]:
         """Latent z of every cell, [n, Z] float32, in the order of the store's rows."""
-        latent = np.zeros((int(store.sizes.sum()), self.folder.config.latent_width), dtype=np.float32)
+        latent = np.zeros((n_asked(store), self.folder.config.latent_width), dtype=np.float32)
         for batch, output in self._forward(store):
             latent[batch.row.numpy()] = output.latent.float().cpu().numpy()
         return latent
@@ -170,7 +192,22 @@ class Predictor:
             if batch.n_genes != len(self.folder.vocabulary):
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():
-                yield batch, self.model(batch.to(self.device))
+                yield _asked(batch, self.model(batch.to(self.device)))
+
+
+def n_asked(store: SentenceStore) -> int:
+    """Cells that are answered, all but the read-only ones of a context."""
+    return store.table.n_cells if isinstance(store, SharedStore) else int(store.sizes.sum())
+
+
+def _asked(batch: CellBatch, output: CellPLMOutput) -> tuple[CellBatch, CellPLMOutput]:
+    """The batch and what was said of it, without read-only cells."""
+    if (batch.row != READ_ONLY).all():
+        return batch, output
+    cells = (batch.row != READ_ONLY).nonzero()[:, 0]
+    there = cells.to(output.latent.device)
+    logits = None if output.logits is None else output.logits[there]
+    return batch.take(cells), CellPLMOutput(output.latent[there], logits, None)
 
 
 @torch.inference_mode()
@@ -222,16 +259,32 @@ def build_network(folder: ModelFolder, precision: Precision = "float32") -> Cell
 
 @dataclass(frozen=True)
 class Read:
-    """An AnnData as sentences, and what to report about reading it."""
+    """An AnnData as sentences, and what to report about reading it: its genes, its counts, the context."""
 
-    store: MemoryStore
+    store: MemoryStore | SharedStore
     report: Mapping[str, Any]
 
 
-def read_cells(adata: AnnData, vocabulary: GeneVocabulary, keys: DataKeys, max_cells: int, classes: tuple[str, ...] | None = None) -> Read:
-    """The cells as sentences of at most ``max_cells`` by ``keys.batch_key``; labels only when ``classes`` are given."""
+def read_cells(
+    adata: AnnData,
+    vocabulary: GeneVocabulary,
+    keys: DataKeys,
+    max_cells: int,
+    classes: tuple[str, ...] | None = None,
+    context: Context | AnnData = "own",
+) -> Read:
+    """The cells as sentences of at most ``max_cells`` by ``keys.batch_key``; labels only when ``classes`` are given.
+
+    ``context`` is "own" (these cells, by batch), "section" (patches of neighbouring cells), "self" (each cell alone), or
+    another AnnData, whose cells are read beside them and not answered, see `data.company`. ConfigError for another name.
+    """
     table, report = cell_table(adata, vocabulary, keys, classes)
-    return Read(memory_store(table, max_cells), report)
+    if isinstance(context, str):
+        store, told = store_in(context, table, max_cells)
+        return Read(store, {**report, "context": told})
+    others, _ = cell_table(context, vocabulary, query_keys(context, keys))
+    shared, told = store_beside(table, others, max_cells)
+    return Read(shared, {**report, "context": told})
 
 
 def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
@@ -242,10 +295,12 @@ def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
 
 
 def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
-    """Writes labels (categorical), confidence and probabilities into ``data`` under our usual keys."""
-    unknown = [UNKNOWN] if UNKNOWN in annotation.labels and UNKNOWN not in annotation.classes else []
-    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *unknown])
+    """Writes labels (categorical), confidence, probabilities and, where known, the unknown score under our usual keys."""
+    others = sorted({str(label) for label in annotation.labels} - {*annotation.classes})  # unknown, and broader names
+    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *others])
     data.obs[f"{key_added}_confidence"] = annotation.confidence
+    if annotation.unknown_score is not None:
+        data.obs[f"{key_added}_unknown_score"] = annotation.unknown_score
     data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
 
 

@@ -77,7 +77,7 @@ def test_a_key_adds_the_answer_to_the_data(fitted, query):
     np.testing.assert_array_equal(data.obs["cellplm_confidence"], proba.max(1))
     assert data.uns["cellplm"]["count_source"] == "X"
     assert data.uns["cellplm"]["lineage"]["labels_key"] == "cell_type"
-    assert set(data.obs) - set(query.obs) == {"cellplm_cell_type", "cellplm_confidence"}
+    assert set(data.obs) - set(query.obs) == {"cellplm_cell_type", "cellplm_confidence", "cellplm_unknown_score"}
 
 
 def test_query_cells_and_labels_never_enter(training, query, monkeypatch):
@@ -274,10 +274,11 @@ def test_cells_of_two_samples_never_share_a_context(training, query, monkeypatch
 
 def test_sentences_hold_at_most_the_models_cells(fitted, cells, monkeypatch):
     sizes = []
-    original = inference.memory_store
-    monkeypatch.setattr(inference, "memory_store", lambda table, limit: sizes.append(limit) or original(table, limit))
+    original = inference.packs
+    monkeypatch.setattr(inference, "packs", lambda found, budget: sizes.extend(found) or original(found, budget))
     fitted.predict(cells)
-    assert sizes == [RECIPE["max_cells"]]
+    assert sum(sizes) == cells.n_obs
+    assert max(sizes) <= RECIPE["max_cells"] < cells.n_obs
 
 
 def test_it_starts_from_a_model_and_keeps_its_vocabulary(training, query, base_model, tmp_path):

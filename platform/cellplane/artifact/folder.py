@@ -41,6 +41,7 @@ MANIFEST, CONFIG, VOCABULARY, WEIGHTS, CARD = "manifest.json", "config.json", "v
 TASKS = ("pretrain", "annotate", "denoise", "impute", "perturb")
 HOW_IT_IS_COMPUTED = ("recompute", "precision")
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
+JUDGEMENT, JUDGEMENT_CELLS = "judgement.json", "judgement.safetensors"  # how an annotator words its answers: artifact.judgement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ def save_model(model: ModelFolder, path: Path) -> Path:
     """Writes the folder in one move (a reader sees all of it or nothing), replacing an older one; returns ``path``."""
     path = Path(path).absolute()
     described = {"model": _what_it_is(model.config), "task": model.task, "classes": list(model.classes), "max_cells": model.max_cells}
+    judged = [name for name in (JUDGEMENT, JUDGEMENT_CELLS) if name in model.attachments]
+    if judged:  # they change the answers, so they are part of the identity
+        described["judgement"] = {name: hashlib.sha256(model.attachments[name]).hexdigest() for name in judged}
     genes = {"namespace": model.vocabulary.namespace, "gene_ids": list(model.vocabulary.gene_ids)}
     files = {
         CONFIG: _json(described),
@@ -292,7 +296,8 @@ def load_model(path: Path) -> ModelFolder:
         raise FileFormatError(f"{path}: not a readable model: {' '.join(str(error).split())}") from error
     if model.vocabulary.fingerprint != manifest.get("vocabulary_fingerprint") or len(model.vocabulary) != model.config.n_genes:
         raise IntegrityError(f"{path}: {VOCABULARY} is not the vocabulary the model was trained with")
-    if model.task not in TASKS or len(model.classes) != model.config.n_classes:
+    outputs = model.config.n_classes or (len(model.classes) if JUDGEMENT in model.attachments else 0)  # none: reference cells vote
+    if model.task not in TASKS or len(model.classes) != outputs:
         raise FileFormatError(
             f"{path}: a {model.task} model of {len(model.classes)} classes with {model.config.n_classes} outputs; "
             f"expected {' or '.join(TASKS)}, and an output for each class"

@@ -4,7 +4,9 @@
     labels = pipeline.predict(query)
 
 The released recipe (an `ae` latent, a linear head, dropped cells and hidden genes) with its faults mended: validation
-cells are training cells only, query cells never enter the training context, and a saved pipeline loads again.
+cells are training cells only, query cells never enter the training context, and a saved pipeline loads again. What the
+validation cells teach about the answers themselves (see `pipelines.judging`) is kept in the model, so that a notebook, a
+job and an endpoint answer alike.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import nn
 from cellplane.artifact.folder import ModelFolder
 from cellplane.cells import CellBatch
 from cellplane.config import fingerprint
+from cellplane.data.company import Context
 from cellplane.data.config import UNLABELLED as UNLABELLED
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, StepPlan, memory_store
 from cellplane.data.sources import AnnData, cell_table, column
@@ -32,7 +35,9 @@ from cellplane.inference import UNKNOWN, Annotation, Read, query_keys, read_cell
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.pipelines.base import Estimator, as_config, base_name, check_transfer, starting_model, stratified_split, take_over
 from cellplane.pipelines.config import AnnotationConfig
+from cellplane.pipelines.judging import asked_judgement, check_judging, judged
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
+from cellplane.pipelines.neighbours import voting_network
 from cellplane.pipelines.probe import Probe, ProbeObjective, shifted, stacked, without_counts
 from cellplane.train.config import TransferConfig
 from cellplane.train.finetune import Best, Course, Look, Progress, device_named, finetune
@@ -74,7 +79,7 @@ class CellTypeAnnotationPipeline(Estimator):
     def _label(self, text: str) -> Any:
         """A label in the type it was learned in; a model itself keeps text."""
         kind = self._fitted().folder.lineage.get("label_type")
-        return text if kind is None or text == UNKNOWN else LABEL_TYPES[kind](text)
+        return text if kind is None or text not in self._fitted().folder.classes else LABEL_TYPES[kind](text)
 
     def fit(
         self,
@@ -98,6 +103,7 @@ class CellTypeAnnotationPipeline(Estimator):
         if keys.labels_key is None:
             raise ConfigError("no label column is named: pass label_fields=[...] or set keys.labels_key")
         classes = label_classes(column(data, keys.labels_key), keys.labels_key)
+        check_judging(self.config, classes)
         kind = label_type(data.obs[keys.labels_key], keys.labels_key)
         start, vocabulary = starting_model(self.base, data, keys, self.config.new_genes)
         table, report = cell_table(data, vocabulary, keys, classes)
@@ -108,9 +114,10 @@ class CellTypeAnnotationPipeline(Estimator):
             missing = table.n_cells - len(known)
             log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
         network = self._network(start, len(vocabulary), len(classes))
-        best = self._learn(network, self._split(table.rows(known)), Course(progress, keeping))
+        stores = self._split(table.rows(known))
+        best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
         self.history_ = best.history
-        self.folder_ = ModelFolder(
+        folder = ModelFolder(
             config=network.config,
             weights={**network.cpu().state_dict(), **best.weights},
             vocabulary=vocabulary,
@@ -119,17 +126,28 @@ class CellTypeAnnotationPipeline(Estimator):
             classes=classes,
             lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
         )
+        self.folder_ = judged(folder, stores, self.config)
         self.adopt(self.folder_)
         return self
 
-    def predict(self, data: AnnData, config: Mapping[str, Any] | None = None, *, key_added: str | None = None) -> NDArray[np.object_]:
+    def predict(
+        self,
+        data: AnnData,
+        config: Mapping[str, Any] | None = None,
+        *,
+        key_added: str | None = None,
+        context: Context | AnnData = "own",
+    ) -> NDArray[np.object_]:
         """Cell type of every cell, [n], in the order of ``data``: one of ``classes_``, or "unknown" without counts the model knows.
 
-        Sentences are built from ``data`` alone. With ``key_added`` (e.g. "cellplm") the answer is also written into
-        ``data``: obs[key_cell_type] (text), obs[key_confidence], obsm[key_cell_type_proba], uns["cellplm"], and for cells
-        that are unknown the reason in obs[key_flag].
+        ``context`` says in whose company cells are read, see `read_cells`; by default sentences are built from ``data``
+        alone. Strangers are "unknown" and unsure cells get a broader name where the model was fitted so; ``config`` may ask
+        otherwise: {"unknown": {"reject": True, "refusal_rate": 0.1}}, {"hierarchy": {"parents": {...}}}. With ``key_added``
+        (e.g. "cellplm") the answer is also written into ``data``: obs[key_cell_type] (text), obs[key_confidence],
+        obs[key_unknown_score], obsm[key_cell_type_proba], uns["cellplm"], and for cells without counts the reason in
+        obs[key_flag].
         """
-        annotation, read = self._annotate(data, config)
+        annotation, read = self._annotate(data, config, context)
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             write_annotation(data, annotation, key_added)
@@ -138,12 +156,24 @@ class CellTypeAnnotationPipeline(Estimator):
         typed[:] = [self._label(text) for text in annotation.labels]
         return typed
 
-    def predict_proba(self, data: AnnData, config: Mapping[str, Any] | None = None) -> NDArray[np.float32]:
-        """Probability of every class, [n, n_classes], columns as in ``classes_``."""
-        return self._annotate(data, config)[0].proba
+    def predict_proba(
+        self, data: AnnData, config: Mapping[str, Any] | None = None, *, context: Context | AnnData = "own"
+    ) -> NDArray[np.float32]:
+        """Calibrated probability of every class, [n, n_classes], columns as in ``classes_``."""
+        return self._annotate(data, config, context)[0].proba
 
-    def score(self, data: AnnData, label_fields: Sequence[str] | None = None) -> AnnotationScores:
-        """Accuracy, macro-F1, precision, recall and per-class F1 on labelled cells; labels not learned count as wrong."""
+    def unknown_scores(self, data: AnnData, *, context: Context | AnnData = "own") -> NDArray[np.float32]:
+        """How strange every cell is, [n], larger is stranger; DataError for a model saved before that was learned."""
+        scores = self._annotate(data, None, context)[0].unknown_score
+        if scores is None:
+            raise DataError("this model was fitted before strangers could be told from known types; fit it again")
+        return scores
+
+    def score(self, data: AnnData, label_fields: Sequence[str] | None = None, *, context: Context | AnnData = "own") -> AnnotationScores:
+        """Accuracy, macro-F1, precision, recall and per-class F1 on labelled cells.
+
+        Labels not learned count as wrong, and so do refused cells and broader names where the model gives such.
+        """
         key = label_fields[0] if label_fields else self.config.keys.labels_key
         if key is None:
             raise ConfigError("no label column is named: pass label_fields=[...]")
@@ -153,13 +183,21 @@ class CellTypeAnnotationPipeline(Estimator):
         if new:
             names = ", ".join(sorted(set(new))[:5])
             log.warning("%d of %d cells have labels that were never learned and count as wrong: %s", len(new), labelled.sum(), names)
-        return annotation_scores(truth[labelled], self._annotate(data, None)[0].labels[labelled])
+        answers = self._annotate(data, None, context)[0].labels[labelled]
+        if refused := int((answers == UNKNOWN).sum()):
+            log.warning("%d of %d labelled cells were answered unknown and count as wrong", refused, len(answers))
+        return annotation_scores(truth[labelled], answers)
 
-    def _annotate(self, data: AnnData, config: Mapping[str, Any] | None) -> tuple[Annotation, Read]:
+    def _annotate(self, data: AnnData, config: Mapping[str, Any] | None, context: Context | AnnData) -> tuple[Annotation, Read]:
         predictor = self._fitted()
         keys = self.config.keys if config is None else as_config(AnnotationConfig, config, self.config).keys
-        read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells)
-        return predictor.annotate(read.store), read
+        judgement = asked_judgement(predictor.judgement, config, predictor.folder.classes)
+        read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells, context=context)
+        return predictor.annotate(read.store, judgement), read
+
+    @property
+    def _votes(self) -> bool:
+        return self.config.method == "neighbours"
 
     def _split(self, table: CellTable) -> tuple[MemoryStore, MemoryStore]:
         """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
@@ -174,6 +212,8 @@ class CellTypeAnnotationPipeline(Estimator):
         return training, validation
 
     def _network(self, start: ModelFolder | None, n_genes: int, n_classes: int) -> CellPLM:
+        if self._votes:
+            return voting_network(start)
         config = self.config.model if start is None else start.config
         config = replace(config, latent="ae", decoder="none", n_genes=n_genes, n_classes=n_classes, n_batches=0, n_datasets=0)
         network = new_model(replace(config, head_dropout=self.config.head_dropout), self.config.seed)
@@ -207,6 +247,11 @@ class CellTypeAnnotationPipeline(Estimator):
             "config_sha256": fingerprint(self.config),
             "best_step": str(best.step),
         }
+
+
+def untrained(network: nn.Module) -> Best:
+    """What training would leave, where there is none."""
+    return Best({name: tensor.detach() for name, tensor in network.state_dict().items()}, 0, (), [], 0)
 
 
 class ValidationCells:

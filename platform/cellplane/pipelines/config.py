@@ -25,6 +25,41 @@ SMALL_DECODING = ModelConfig(  # for a few thousand cells and genes, learned fro
 )
 
 
+class UnknownConfig(Config):
+    """How cells of types that were never learned are told and treated; see `pipelines.unknown`."""
+
+    reject: bool = False
+    """Call them "unknown" instead of the nearest known type; their score is written either way."""
+    refusal_rate: float = Field(0.05, gt=0, lt=1)
+    """Share of cells of KNOWN types that may be refused: the threshold is set on cells that were not trained on."""
+    entropy_share: float | None = Field(None, ge=0, le=1)
+    """Share of the probabilities' entropy in the score, the rest is distance; None: learned, each type playing the stranger."""
+    space: Literal["expression", "z"] = "expression"
+    """Where distance is measured: 20 components of expression, or the network's embedding, which strangers fall together in."""
+    neighbours: int = Field(15, ge=1)
+    """Nearest training cells of the predicted class whose distance counts."""
+    cells_per_class: int = Field(200, ge=1)
+    """Training cells kept in the model for that, at most so many of each class."""
+
+
+class HierarchyConfig(Config):
+    """Broader names for cells whose type is unsure."""
+
+    parents: dict[str, str] = {}
+    """{label: broader name, broader name: one above it, ...} up to one root; empty: no broader names."""
+    threshold: float = Field(0.8, gt=0.5, le=1)
+    """The deepest name whose summed probability reaches this is answered; above one half, so that it is one."""
+
+
+class VotingConfig(Config):
+    """Method `neighbours`: the nearest training cells in the base model's embedding vote."""
+
+    neighbours: int = Field(15, ge=1)
+    """How many vote."""
+    cells_per_class: int = Field(2000, ge=1)
+    """Training cells kept in the model, at most so many of each class."""
+
+
 class AnnotationConfig(FitConfig):
     """How `CellTypeAnnotationPipeline.fit` learns."""
 
@@ -45,7 +80,19 @@ class AnnotationConfig(FitConfig):
     max_cells: int = Field(2048, ge=1)
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)
-    """Share of the TRAINING cells that only choose the best step; stratified by label."""
+    """Share of the TRAINING cells that choose the best step, calibrate and set the threshold; stratified by label."""
+    method: Literal["network", "neighbours"] = "network"
+    """Fine-tune the network, or train nothing: label transfer by the nearest training cells in the base model's embedding."""
+    voting: VotingConfig = VotingConfig()
+    """With method neighbours."""
+    calibrate: bool = True
+    """Scale the probabilities by a temperature learned on the validation cells, so that confidence is honest; no label changes."""
+    unknown: UnknownConfig = UnknownConfig()
+    """Cells of types that were never learned."""
+    hierarchy: HierarchyConfig = HierarchyConfig()
+    """Broader names for unsure cells."""
+    hierarchy_file: str | None = None
+    """YAML or JSON file of {label: broader name}, instead of hierarchy.parents."""
 
 
 class DenoisingConfig(FitConfig):
@@ -125,6 +172,7 @@ class JobConfig(Config):
 class FinetuneConfig(AnnotationConfig, JobConfig):
     """A fine-tuning job of an annotator."""
 
+    inputs: ClassVar[tuple[str, ...]] = ("data", "hierarchy_file")
     indifferent: ClassVar[tuple[str, ...]] = (*JobConfig.indifferent, "test")
 
     task: Literal["annotate"] = "annotate"

@@ -48,7 +48,12 @@ log = logging.getLogger(__name__)
 ANOTHER_WRITER_S = 5.0  # a job that was killed lets go of its run at once
 NOT_THE_MODEL = ("checkpoint", "device")  # keys of every job that say how it is done
 # Keys that came later, with what earlier versions did: a finished run of theirs is still found
-LATER: dict[str, Any] = {"transfer": to_plain(TransferConfig()), "guard": to_plain(GuardConfig())}
+_ANSWERS = ("method", "voting", "calibrate", "unknown", "hierarchy", "hierarchy_file")  # of an annotator
+LATER: dict[str, Any] = {
+    "transfer": to_plain(TransferConfig()),
+    "guard": to_plain(GuardConfig()),
+    **{name: value for name, value in to_plain(AnnotationConfig()).items() if name in _ANSWERS},
+}
 # Later than the format, and yet part of every identity so far, used or not
 ALWAYS = (
     *("local_blocks", "local_neighbours", "local_radius_um", "n_platforms", "kl_warmup_steps", "kl_drop_below", "head_width", "precision"),

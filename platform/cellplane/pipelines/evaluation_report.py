@@ -1,0 +1,164 @@
+"""An evaluation as people read it: one HTML file that needs nothing beside it, one Markdown file, one JSON file, one MLflow run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellplane.data.files import atomic_file
+from cellplane.errors import ServiceError
+from cellplane.pipelines.job import run_name
+from cellplane.pipelines.protocol import Evaluation, Picture, Row
+from cellplane.tracking.journal import Journal
+from cellplane.tracking.runs import RunSpec, TrackedRun, code_tags
+
+log = logging.getLogger(__name__)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
+th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; }
+tr.model td { font-weight: 600; background: #eef4fa; }
+td.better { color: #006b45; } td.worse { color: #a33c00; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; } figcaption { color: #555; }
+"""
+LEGEND = (
+    "Mean +- sample standard deviation (number of splits x seeds). The lead is the model's over the row, paired over splits and "
+    "seeds, with a 95 % interval and the p value of the corrected resampled t test (Nadeau and Bengio 2003); "
+    "p >= .05 means that no difference was shown."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files of a written report."""
+
+    html: Path
+    markdown: Path
+    json: Path
+
+
+def write_report(evaluation: Evaluation, folder: Path, title: str | None = None) -> Report:
+    """report.html (pictures inside), report.md (pictures beside) and evaluation.json in ``folder``, each whole or not at all."""
+    name = title or f"Evaluation: {evaluation.task}"
+    report = Report(folder / "report.html", folder / "report.md", folder / "evaluation.json")
+    texts = {
+        report.html: as_html(evaluation, name),
+        report.markdown: as_markdown(evaluation, name, folder),
+        report.json: json.dumps(evaluation.plain(), indent=1),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return report
+
+
+def as_markdown(evaluation: Evaluation, title: str, folder: Path) -> str:
+    """The report as Markdown; pictures are named relative to ``folder``."""
+    parts = [f"# {title}", "", LEGEND, ""]
+    for dataset, protocol in evaluation.tables():
+        parts += [f"## {dataset}, {protocol}", "", *markdown_table(evaluation, dataset, protocol), ""]
+    if evaluation.notes:
+        parts += ["## Notes", "", *(f"- {note}" for note in evaluation.notes), ""]
+    for picture in evaluation.pictures:
+        parts += [f"## {picture.title}", "", f"![{picture.title}]({_beside(picture.path, folder)})", "", picture.caption, ""]
+    return "\n".join(parts)
+
+
+def markdown_table(evaluation: Evaluation, dataset: str, protocol: str) -> list[str]:
+    """Lines of one table: method, kind, every metric, and the model's lead."""
+    header, lines = _header(evaluation), []
+    for row in evaluation.rows(dataset, protocol):
+        cells = [text.replace("|", "/") for text, _ in _cells(evaluation, (dataset, protocol), row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines]
+
+
+def as_html(evaluation: Evaluation, title: str) -> str:
+    """The report as one page without scripts, with its pictures inside."""
+    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(LEGEND)}</p>"]
+    for dataset, protocol in evaluation.tables():
+        body += [f"<h2>{html.escape(f'{dataset}, {protocol}')}</h2>", _html_table(evaluation, dataset, protocol)]
+    if evaluation.notes:
+        body += ["<h2>Notes</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in evaluation.notes), "</ul>"]
+    body += [_figure(picture) for picture in evaluation.pictures]
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _html_table(evaluation: Evaluation, dataset: str, protocol: str) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(evaluation))
+    lines = []
+    for row in evaluation.rows(dataset, protocol):
+        cells = "".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in _cells(evaluation, (dataset, protocol), row))
+        ours = ' class="model"' if row.method.name == evaluation.model else ""
+        lines.append(f"<tr{ours}>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    title, caption = html.escape(picture.title), html.escape(picture.caption)
+    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    return f"<h2>{title}</h2><figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _header(evaluation: Evaluation) -> list[str]:
+    arrows = [f"{name} ({'lower' if name in evaluation.lower_is_better else 'higher'} is better)" for name in evaluation.metrics()]
+    return ["method", "kind", *arrows, f"lead in {evaluation.metric}"]
+
+
+def _cells(evaluation: Evaluation, table: tuple[str, str], row: Row) -> list[tuple[str, str]]:
+    """(text, verdict) of a row's cells; only the lead has a verdict."""
+    lead = None if row.method.name == evaluation.model else evaluation.difference(*table, row.method.name)
+    scores = [(row.text(name), "") for name in evaluation.metrics()]
+    verdict = ("", "") if lead is None else (lead.text(), lead.verdict)
+    return [(row.method.name, ""), (row.method.kind, ""), *scores, verdict]
+
+
+def _beside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+
+def log_evaluation(evaluation: Evaluation, folder: Path, identity: str, params: Mapping[str, object], uri: str | None = None) -> str | None:
+    """The run of this evaluation in the tracker, with means as metrics and the folder as artifacts; None when nobody answers.
+
+    The same ``identity`` finds the same run again, so an evaluation that was killed and goes on stays one run.
+    """
+    names = "-".join(dict.fromkeys(dataset for dataset, _ in evaluation.tables())) or "nothing"
+    spec = RunSpec(
+        run_key=f"evaluate:{evaluation.task}:{identity[:32]}",
+        experiment="cellplane/evaluate",
+        name=run_name(evaluation.task, names[:80]),
+        params=params,
+        tags={**code_tags(), "task": evaluation.task, "evaluation": identity},
+    )
+    try:
+        run = TrackedRun.open(spec, uri)
+        journal = Journal(folder / "metrics.jsonl")
+        journal.append(len(evaluation.entries), means(evaluation))  # a grown evaluation is a later step
+        run.replay(journal)
+        run.log_artifacts(folder, "")
+        run.finish()
+    except ServiceError as error:
+        log.warning("the evaluation is complete in %s; the tracker has not heard of it: %s", folder, error)
+        return None
+    return run.run_id
+
+
+def means(evaluation: Evaluation) -> dict[str, float]:
+    """Mean of every metric of every row: {"osmfish/blocks/cellplm/macro_f1": ...}; unknown ones are left out."""
+    return {
+        f"{dataset}/{protocol}/{row.method.name}/{name}": row.mean(name)
+        for dataset, protocol in evaluation.tables()
+        for row in evaluation.rows(dataset, protocol)
+        for name in evaluation.metrics()
+        if math.isfinite(row.mean(name))
+    }
