@@ -1,48 +1,53 @@
-"""An endpoint as a Ray Serve application: the guarded ingress in front, the model's replicas behind, up and down.
+"""An endpoint as Ray Serve applications: the guarded ingress in front, one application per model version behind.
 
-    HTTP -> Guard (keys, sizes, time) -> FastAPI (paths) -> codec -> handle -> ModelReplica
+    HTTP -> Guard (keys, sizes, time) -> FastAPI (paths) -> codec -> Front (which version) -> handle -> ModelReplica
 
-A prediction may be repeated safely, so the ingress asks once more when a replica dies under a request.
+Which version answers is the router's decision (see `router`). A prediction may be repeated safely, so the ingress asks
+once more when a replica dies under a request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cellplane.client import Client
-from cellplane.config import home
 from cellplane.errors import CellplaneError, ConfigError, PortInUseError, ServiceError
-from cellplane.tracking.registry import resolve_model
+from cellplane.tracking.runs import resolve_uri
 
-from .codec import Cells
-from .deployment import Answer, ModelReplica, ServeConfig, ServedVersion, load_warm
-from .limits import Guard, refuse
+from .deployment import ServeConfig
+from .front import Front
+from .limits import Guard, Limits, refuse
+from .meters import Meters
 from .native import NativePaths
+from .router import REGISTERED, get_router, start_router, told
+from .routes import Table
 from .security import LOOPBACK, ApiKeys
+from .stage import MODEL, POLL_S, application_name, lifetimes, wait_until_running
 
 log = logging.getLogger(__name__)
 
-APP, INGRESS, MODEL = "cellplane", "ingress", "model"
+APP, INGRESS = "cellplane", "ingress"
 KEYS_VARIABLE = "CELLPLANE_API_KEYS_FILE"
 ATTEMPTS = 2  # of one call: the second after a replica died
 INGRESS_ONGOING = 256  # requests being read or waiting; the model's own queue is the narrower limit
-START_ATTEMPTS = 2  # a damaged model fails every time: say so soon
-HEALTH_CHECK_S = 2.0  # how soon a dead replica is noticed and replaced
-POLL_S = 0.1
+TABLE_WAIT_S = 10.0  # one question to the router about a newer table
+ROUTER_RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,42 +56,50 @@ class Deployed:
 
     url: str
     model: str
-    version: str | None
+    version: str
 
 
-class RemoteModel:
-    """The model behind a Serve handle; its errors arrive as they were raised."""
+class RouterTable:
+    """The newest table an ingress has heard of; a thread waits for newer ones, so a request never asks the router."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
+    def __init__(self) -> None:
+        self._table: Table = told(get_router().table.remote(), TABLE_WAIT_S)
+        threading.Thread(target=self._wait_for_newer, daemon=True).start()
 
-    async def describe(self, reference: str | None = None) -> dict[str, Any]:
-        """What is served."""
-        described: dict[str, Any] = await self._call("describe", reference)
-        return described
+    def __call__(self) -> Table:
+        """The table."""
+        return self._table
 
-    async def card(self, reference: str) -> str:
-        """The model card."""
-        return str(await self._call("card", reference))
+    def _wait_for_newer(self) -> None:
+        while True:
+            try:
+                newer: Table = told(get_router().changed.remote(self._table.epoch, TABLE_WAIT_S), 2 * TABLE_WAIT_S)
+            except (ServiceError, RayError) as error:
+                log.warning("the router does not answer (%s); going on with what it said last", type(error).__name__)
+                time.sleep(ROUTER_RETRY_S)
+                continue
+            if newer.epoch > self._table.epoch:
+                self._table = newer
 
-    async def genes(self, reference: str) -> dict[str, Any]:
-        """The model's genes."""
-        genes: dict[str, Any] = await self._call("genes", reference)
-        return genes
 
-    async def predict(self, reference: str, task: str, cells: Cells) -> Answer:
-        """The answer to one request."""
-        answer: Answer = await self._call("predict", reference, task, cells)
-        return answer
+class Handles:
+    """Asks the replicas of a version through Serve; their errors arrive as they were raised."""
 
-    async def _call(self, method: str, *arguments: object) -> Any:
+    def __init__(self, meters: Meters) -> None:
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._meters = meters
+
+    async def __call__(self, model: str, label: str, method: str, *arguments: object) -> Any:
+        """See front.Ask: once more after a replica died, ServiceError 503 when none is free."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await getattr(self.handle, method).remote(*arguments)
+                handle = await self._handle(application_name(model, label))
+                return await getattr(handle, method).remote(*arguments)
             except (RayActorError, ReplicaUnavailableError) as error:
-                log.warning("a model replica died under a call (%s, attempt %d)", method, attempt)
+                log.warning("a replica of %s:%s died under a call (%s, attempt %d)", model, label, method, attempt)
+                self._meters.add("cellplane_replica_deaths_total", {"model": model, "version": label})
                 died = error
-            except (BackPressureError, DeploymentUnavailableError) as error:
+            except (BackPressureError, DeploymentUnavailableError, RayServeException) as error:
                 raise refuse(503, "every copy of the model is busy or starting; try again soon") from error
             except RayTaskError as error:
                 if isinstance(error.cause, CellplaneError):
@@ -94,84 +107,83 @@ class RemoteModel:
                 raise
         raise refuse(503, "copies of the model keep dying; try again soon") from died
 
+    async def _handle(self, application: str) -> DeploymentHandle:
+        if application not in self._handles:
+            self._handles[application] = await asyncio.to_thread(serve.get_deployment_handle, MODEL, application, _check_exists=False)
+        return self._handles[application]
+
 
 @serve.ingress()
 class Ingress:
-    """Receives HTTP and asks the model by handle; holds no state, so any number of copies may run."""
+    """Receives HTTP and asks models by handle; all it keeps is a copy of the router's table, so any number may run."""
 
-    def __init__(self, config: ServeConfig, model: DeploymentHandle) -> None:
-        keys = None if config.api_keys_file is None else ApiKeys.load(config.api_keys_file)
-        self.guarded = Guard(NativePaths(RemoteModel(model), config.limits()).app(), config.limits(), keys)
+    def __init__(self, limits: Limits, api_keys_file: Path | None) -> None:
+        keys = None if api_keys_file is None else ApiKeys.load(api_keys_file)
+        meters = Meters()
+        self.guarded = Guard(NativePaths(Front(RouterTable(), Handles(meters), meters), limits).app(), limits, keys)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application Serve runs in each replica."""
         return self.guarded
 
 
-def build(config: ServeConfig, version: ServedVersion) -> serve.Application:
-    """The Serve application of one model version: an ingress bound to ``config.replicas`` copies of the model."""
-    shared = {
-        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
-        "health_check_period_s": HEALTH_CHECK_S,
-        "max_constructor_retry_count": START_ATTEMPTS,
-    }
-    model = serve.deployment(ModelReplica).options(
-        name=MODEL,
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.num_cpus},
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        **shared,
-    )
-    ingress = serve.deployment(Ingress).options(
-        name=INGRESS, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_ONGOING, **shared
-    )
-    return ingress.bind(config, model.bind(config, version))
-
-
 def deploy(config: ServeConfig) -> Deployed:
     """Serve the configured model on the Ray cluster this process is connected to, and wait until it answers.
 
-    A second call replaces what is served without a pause. Raises ConfigError for an open address without keys or an
-    unknown model, IntegrityError for a damaged one, PortInUseError, and ServiceError when it does not come up, with
-    the reason.
+    A model of another name is served beside those that are; another version of the same name takes over without a
+    pause, and the one before stays loaded as `previous`. models:/NAME@ALIAS is followed from then on. Raises
+    ConfigError for an open address without keys or an unknown model, IntegrityError for a damaged one, PortInUseError,
+    and ServiceError when it does not come up, with the reason; then whatever answered before goes on.
     """
     if not ray.is_initialized():
         raise ServiceError("serving needs a Ray cluster and this process is not connected to one; start one with `cellplane up`")
-    config = _with_keys(config)
-    version = served_version(config)
-    expected = load_warm(version.path).folder.model_sha256  # a model that cannot answer must not displace one that can
+    config = _with_keys(_absolute(config))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     before = serve.status()
     config = _with_port(config, running=bool(before.proxies))
     url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-    target = serve.RunTarget(target=build(config, version), name=APP, route_prefix="/")
     try:
+        router = start_router()
+        ingress = serve.deployment(Ingress).options(
+            name=INGRESS, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_ONGOING, **lifetimes(config)
+        )
+        target = serve.RunTarget(target=ingress.bind(config.limits(), config.api_keys_file), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait(config, url, expected)
+        version = told(router.put.remote(config), None)
+        wait_until_running(APP, config.startup_timeout_s, "is the machine very busy?")
+        _wait_for_answer(config, url, version)
     except BaseException:
         if APP not in before.applications:
             undeploy()
         raise
-    log.info("model %s version %s answers at %s", version.name, version.version, url)
-    return Deployed(url, version.name, version.version)
+    log.info("model %s version %s answers at %s", config.name, version, url)
+    return Deployed(url, config.name, version)
 
 
-def undeploy() -> None:
-    """Take the endpoint down; Serve itself too when nothing else runs on it, so that the port is free again."""
+def undeploy(name: str | None = None) -> None:
+    """Take one model down, or the whole endpoint; Serve itself too when nothing else runs on it, so that the port is free again."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if APP in serve.status().applications:
-        serve.delete(APP)
+    if name is not None:
+        told(get_router().remove.remote(name), None)
+        return
+    ours = [APP]
+    with suppress(ServiceError, RayError):  # a router that is gone owns nothing
+        router = get_router()
+        ours += [application_name(model, label) for model, label in told(router.applications.remote(), TABLE_WAIT_S)]
+        ray.kill(router)
+    for application in ours:
+        if application in serve.status().applications:
+            serve.delete(application)
     if not serve.status().applications:
         serve.shutdown()
 
 
-def served_version(config: ServeConfig) -> ServedVersion:
-    """The folder and registry entry that the configuration's model means; raises what `resolve_model` raises."""
-    resolved = resolve_model(config.model, config.tracking_uri, home() / "cache" / "models")
-    alias = config.model.rpartition("@")[2] if config.model.startswith("models:/") and "@" in config.model else None
-    return ServedVersion(config.name, resolved.path, None if resolved.version is None else str(resolved.version), alias, resolved.run_id)
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """The configuration as it means the same in another process: the tracker's address, the folder's full path."""
+    if config.model.startswith(REGISTERED):
+        return config.model_copy(update={"tracking_uri": resolve_uri(config.tracking_uri)})
+    return config.model_copy(update={"model": str(Path(config.model).absolute())})
 
 
 def _with_keys(config: ServeConfig) -> ServeConfig:
@@ -202,30 +214,11 @@ def _with_port(config: ServeConfig, running: bool) -> ServeConfig:
         return config.model_copy(update={"port": probe.getsockname()[1]})
 
 
-def _wait(config: ServeConfig, url: str, model_sha256: str) -> None:
-    """Until the model of this checksum answers over HTTP; ServiceError with the reason when it does not."""
+def _wait_for_answer(config: ServeConfig, url: str, version: str) -> None:
+    """Until this version answers over HTTP to the model's name; ServiceError when it does not."""
     deadline = time.monotonic() + config.startup_timeout_s
-    while (status := serve.status().applications.get(APP)) is None or status.status != "RUNNING":
-        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ServiceError(f"the model did not start: {_reason(status)}")
-        if time.monotonic() > deadline:
-            waited = f"the model did not start within {config.startup_timeout_s:g} s"
-            raise ServiceError(f"{waited} ({_reason(status)}); are {config.num_cpus * config.replicas:g} CPUs free?")
-        time.sleep(POLL_S)
-    described = serve.get_deployment_handle(MODEL, APP).describe.remote().result(timeout_s=max(deadline - time.monotonic(), 1.0))
-    if described["model_sha256"] != model_sha256:
-        raise ServiceError("another version answers than the one that was put in place; deploy again")
     with Client(url, retries=0) as client:
         while not client.ready():
             if time.monotonic() > deadline:
-                raise ServiceError(f"{url} does not answer within {config.startup_timeout_s:g} s although the model runs")
+                raise ServiceError(f"{url} does not answer within {config.startup_timeout_s:g} s although version {version} runs")
             time.sleep(POLL_S)
-
-
-def _reason(status: Any) -> str:
-    """The last line of what Serve says about the deployment that is not well: the exception itself, without its traceback."""
-    if status is None:
-        return "Serve does not know the application"
-    messages = [item.message for item in status.deployments.values() if item.message and item.status != "HEALTHY"] or [status.message]
-    lines = [line.strip() for line in messages[0].splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else str(status.status.value))

@@ -82,7 +82,7 @@ def decode(body: bytes, content_type: str, limits: Limits) -> Cells:
     if not body:
         raise refuse(400, "the body is empty; send cells")
     gene_ids, columns = _decode_arrow(body, limits) if content_type == ARROW_TYPE else _decode_json(body)
-    return _checked(gene_ids, columns, limits)
+    return checked(gene_ids, columns, limits)
 
 
 def _decode_arrow(body: bytes, limits: Limits) -> tuple[list[str], Columns]:
@@ -219,6 +219,11 @@ def _decode_json(body: bytes) -> tuple[list[str], Columns]:
         parsed = CellsBody.model_validate_json(body)
     except ValidationError as error:
         raise _json_refusal(error) from None
+    return columns_of(parsed)
+
+
+def columns_of(parsed: CellsBody) -> tuple[list[str], Columns]:
+    """Gene names and columns of a JSON body that was found well formed."""
     columns: Columns = {}
     for name, kind in REQUEST_COLUMNS.items():
         if (values := getattr(parsed, name)) is None:
@@ -248,7 +253,7 @@ def _json_refusal(error: ValidationError) -> Exception:
     return refuse(422, f"{place[0]!r}{row}: {first['msg']}"[:300])
 
 
-def _checked(gene_ids: list[str], columns: Columns, limits: Limits) -> Cells:
+def checked(gene_ids: list[str], columns: Columns, limits: Limits) -> Cells:
     """The cells of decoded columns; 422 naming column and row for whatever cannot be counts of cells."""
     if not gene_ids:
         raise refuse(422, f"{GENE_IDS} is empty; name the genes")

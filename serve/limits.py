@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -33,10 +35,12 @@ CODES = {
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid_cells",
+    429: "rate_limited",
     500: "internal",
     503: "unavailable",
 }
-OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")  # probes carry no key
+OPEN_PATHS = ("/v2/health/live", "/v2/health/ready", "/ping", "/health")  # probes carry no key
+OCTETS, HEADER_LENGTH = "application/octet-stream", "inference-header-content-length"  # tensors behind JSON, see `oip`
 REQUEST_ID = "cellplane.request_id"  # key of the ASGI scope
 BATCH_JOB = "send fewer cells a call, or use the batch job: cellplane predict"
 MIB = 1024 * 1024
@@ -52,6 +56,7 @@ class Limits:
     max_cells: int = 10_000
     max_genes: int = 100_000
     request_timeout_s: float = 60.0
+    requests_per_minute: int | None = None
 
     def body_bytes(self, content_type: str) -> int:
         """Bytes a body of this type may have: parsed JSON takes tenfold its size, so it may have fewer."""
@@ -83,11 +88,28 @@ def content_type_of(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+class Rate:
+    """How often each holder of a key may ask: ``per_minute`` on average, as many at once after a quiet minute."""
+
+    def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute, self._now = per_minute, now
+        self._left: dict[str, tuple[float, float]] = {}  # requests left, and when that was so
+
+    def take(self, holder: str) -> int:
+        """0 when the holder may ask now, else the whole seconds to wait."""
+        left, then = self._left.get(holder, (float(self.per_minute), self._now()))
+        left = min(self.per_minute, left + (self._now() - then) * self.per_minute / 60)
+        allowed = left >= 1
+        self._left[holder] = (left - allowed, self._now())
+        return 0 if allowed else math.ceil((1 - left) * 60 / self.per_minute)
+
+
 class Guard:
     """ASGI middleware: who may ask, of what type and size a body may be, and how long an answer may take."""
 
     def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys | None = None) -> None:
         self.app, self.limits, self.keys = app, limits, keys
+        self.rate = None if limits.requests_per_minute is None else Rate(limits.requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse one request; other scopes (start-up and shutdown) pass."""
@@ -98,7 +120,11 @@ class Guard:
         scope[REQUEST_ID] = clean_request_id(headers.get("x-request-id"))
         answer = _Answer(send, scope[REQUEST_ID], headers.get("x-request-id"))
         try:
-            self._admit(scope, headers)
+            holder = self._admit(scope, headers)
+            if self.rate is not None and scope["method"] == "POST" and (wait_s := self.rate.take(holder)):
+                message = f"more than {self.limits.requests_per_minute} requests in a minute with this key; wait {wait_s} s"
+                await answer.error(429, message, {"retry-after": str(wait_s)})
+                return
             async with asyncio.timeout(self.limits.request_timeout_s) as deadline:
                 await self.app(scope, self._counted(receive, content_type_of(headers)), answer.send)
         except ServiceError as error:
@@ -108,19 +134,22 @@ class Guard:
                 raise
             await answer.error(408, f"no answer within {self.limits.request_timeout_s:g} s; {BATCH_JOB}")
 
-    def _admit(self, scope: Scope, headers: Headers) -> None:
-        """Raise what can be said from path and headers alone."""
+    def _admit(self, scope: Scope, headers: Headers) -> str:
+        """The name of the key's holder, empty without keys; raises what can be said from path and headers alone."""
+        holder = ""
         if self.keys is not None and scope["path"] not in OPEN_PATHS:
-            self.keys.check(headers.get("authorization"), "predict")
+            holder = self.keys.check(headers.get("authorization"), "predict")
         if scope["method"] != "POST":
-            return
-        if (kind := content_type_of(headers)) not in (ARROW_TYPE, JSON_TYPE):
-            raise refuse(415, f"content type {kind[:80]!r} is not understood; send {ARROW_TYPE} or {JSON_TYPE}")
+            return holder
+        kind, accepted = content_type_of(headers), _accepted(scope["path"])
+        if kind not in accepted and not (OCTETS in accepted and not kind and HEADER_LENGTH in headers):
+            raise refuse(415, f"content type {kind[:80]!r} is not understood; send {' or '.join(accepted)}")
         if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
             raise refuse(415, f"content encoding {encoding[:40]!r} is not understood; send the body as it is (Arrow compresses inside)")
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared[:20]) > self.limits.body_bytes(kind):
             raise self._too_large(kind)
+        return holder
 
     def _counted(self, receive: Receive, kind: str) -> Receive:
         limit, seen = self.limits.body_bytes(kind), 0
@@ -139,6 +168,13 @@ class Guard:
         return refuse(413, f"the body exceeds {self.limits.body_bytes(kind)} bytes; {BATCH_JOB}")
 
 
+def _accepted(path: str) -> tuple[str, str] | tuple[str]:
+    """The content types a path reads."""
+    if path.startswith("/v2/"):
+        return JSON_TYPE, OCTETS
+    return (JSON_TYPE,) if path == "/invocations" else (ARROW_TYPE, JSON_TYPE)
+
+
 class _Answer:
     """Sends an answer with its request id, and an error only while nothing else was sent."""
 
@@ -153,10 +189,16 @@ class _Answer:
             message = {**message, "headers": [*message.get("headers", ()), *self._header]}
         await self._send(message)
 
-    async def error(self, status: int, text: str) -> None:
+    async def error(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         if self._started:
             return
         body = error_body(status, text)
-        extra = {**error_headers(status), "content-type": JSON_TYPE, "content-length": str(len(body)), "connection": "close"}
+        extra = {
+            **error_headers(status),
+            **(headers or {}),
+            "content-type": JSON_TYPE,
+            "content-length": str(len(body)),
+            "connection": "close",
+        }
         await self.send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in extra.items()]})
         await self._send({"type": "http.response.body", "body": body})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
@@ -20,30 +20,17 @@ from cellplane import __version__
 from cellplane.client import ARROW_TYPE, JSON_TYPE
 from cellplane.errors import CellplaneError, ServiceError, VocabularyError
 
-from .codec import Cells, CellsBody, decode, encode
-from .deployment import TASKS, Answer
+from .codec import CellsBody, decode, encode
+from .front import Front
 from .limits import REQUEST_ID, Limits, content_type_of, error_body, error_headers, refuse
+from .meters import TEXT_TYPE
+from .protocols import ProtocolPaths
+from .tasks import Question, read_options
 
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0  # a probe must not hang on a busy model
 HINTS = {404: "there is no such path; /openapi.json lists those there are", 405: "this path does not take that method"}
-
-
-class Served(Protocol):
-    """What the paths need of a model, near or far (see `deployment.ModelReplica`)."""
-
-    async def describe(self, reference: str | None = None) -> dict[str, Any]:
-        """What is served."""
-
-    async def card(self, reference: str) -> str:
-        """The model card."""
-
-    async def genes(self, reference: str) -> dict[str, Any]:
-        """The model's genes."""
-
-    async def predict(self, reference: str, task: str, cells: Cells) -> Answer:
-        """The answer to one request."""
 
 
 class LimitsInfo(BaseModel):
@@ -62,6 +49,7 @@ class ModelInfo(BaseModel):
     name: str
     version: str | None
     alias: str | None
+    aliases: list[str]
     run_id: str | None
     task: str
     tasks: list[str]
@@ -75,10 +63,23 @@ class ModelInfo(BaseModel):
     limits: LimitsInfo
 
 
+class VersionInfo(BaseModel):
+    """A version that answers, starts, or was refused, and why; ``share`` of the requests for NAME."""
+
+    name: str
+    version: str
+    state: str
+    reason: str | None
+    aliases: list[str]
+    share: float
+    shadow: bool
+
+
 class ModelList(BaseModel):
-    """Every model served here."""
+    """Every version that answers here, and every one that was tried."""
 
     models: list[ModelInfo]
+    versions: list[VersionInfo]
 
 
 class GeneList(BaseModel):
@@ -106,9 +107,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for stat
 
 
 class NativePaths:
-    """The endpoints over one served model."""
+    """The endpoints over the models that are served."""
 
-    def __init__(self, served: Served, limits: Limits) -> None:
+    def __init__(self, served: Front, limits: Limits) -> None:
         self.served, self.limits = served, limits
 
     def app(self) -> FastAPI:
@@ -117,11 +118,13 @@ class NativePaths:
         app = FastAPI(title="cellplane", version=__version__, description=about, redirect_slashes=False)
         app.get("/v2/health/live")(self.live)
         app.get("/v2/health/ready", responses={503: {"model": ErrorBody}})(self.ready)
+        app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/v1/models", response_model=ModelList)(self.models)
         app.get("/v1/models/{model}", response_model=ModelInfo, responses=ERRORS)(self.model)
         app.get("/v1/models/{model}/card", response_class=PlainTextResponse, responses=ERRORS)(self.card)
         app.get("/v1/models/{model}/genes", response_model=GeneList, responses=ERRORS)(self.genes)
         app.post("/v1/models/{model}/{task}", response_class=Response, responses=ERRORS, openapi_extra=BODY)(self.predict)
+        ProtocolPaths(self.served, self.limits).add_to(app, ERRORS)
         for kind in (CellplaneError, HTTPException, ClientDisconnect, Exception):
             app.add_exception_handler(kind, _on_error)
         return app
@@ -131,21 +134,25 @@ class NativePaths:
         return {"live": True}
 
     async def ready(self) -> dict[str, bool]:
-        """The model answers."""
+        """Every model's champion answers."""
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                await self.served.describe()
+                await self.served.ready()
         except (TimeoutError, CellplaneError) as error:
             raise refuse(503, "the model does not answer yet; try again soon") from error
         return {"ready": True}
 
     async def models(self) -> dict[str, Any]:
         """What is served."""
-        return {"models": [await self.served.describe()]}
+        return {"models": await self.served.models(), "versions": self.served.versions()}
 
-    async def model(self, model: str) -> dict[str, Any]:
+    async def metrics(self) -> PlainTextResponse:
+        """Counts of this ingress replica, for Prometheus."""
+        return PlainTextResponse(await self.served.metrics(), media_type=TEXT_TYPE)
+
+    async def model(self, model: str, request: Request) -> dict[str, Any]:
         """One model, by NAME, NAME@ALIAS or NAME:VERSION."""
-        return await self.served.describe(model)
+        return await self.served.describe(model, request.scope[REQUEST_ID])
 
     async def card(self, model: str) -> PlainTextResponse:
         """The model card, Markdown."""
@@ -157,14 +164,11 @@ class NativePaths:
 
     async def predict(self, model: str, task: str, request: Request) -> Response:
         """Cells in, one answer a cell out, in the same order. Cells of one request form sentences of their own."""
-        if task not in TASKS:
-            raise refuse(404, f"there is no task {task[:40]!r}; tasks are {', '.join(TASKS)}")
-        if request.query_params:
-            raise refuse(422, f"unknown parameter {next(iter(request.query_params))[:40]!r}; this task takes none")
+        options = read_options(task, request.query_params)
         sent = content_type_of(request.headers)
         media_type = _wanted(request.headers.get("accept", ""), sent)
         cells = await asyncio.to_thread(decode, await request.body(), sent, self.limits)
-        answer = await self.served.predict(model, task, cells)
+        answer = await self.served.predict(model, Question(task, cells, options), request.scope[REQUEST_ID])
         about = {**answer.about, "request_id": request.scope[REQUEST_ID]}
         body = await asyncio.to_thread(encode, answer.columns, about, media_type)
         log.info("request %s: %s, %d cells, %d entries", request.scope[REQUEST_ID], task, cells.n_cells, len(cells.gene))

@@ -25,6 +25,7 @@ _HOMES = {
     "PerturbationPipeline": "cellplane.pipelines.perturbation",
     "Predictor": "cellplane.inference",
     "SpatialImputationPipeline": "cellplane.pipelines.imputation",
+    "pl": "cellplane.pl",
 }
 
 __all__ = [
@@ -39,13 +40,15 @@ __all__ = [
     "Predictor",
     "SpatialImputationPipeline",
     "__version__",
+    "pl",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'cellplane' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    return home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)  # a module, or a name in one
 
 
 def __dir__() -> list[str]:

@@ -45,7 +45,7 @@ REQUEST_COLUMNS: dict[str, pa.DataType] = {
 }
 GENE_IDS, N_ROWS = "gene_ids", "n_rows"  # metadata keys of a request; an answer has N_ROWS too
 
-RETRIED = (500, 502, 503)  # a dying ingress replica answers 500; predictions may be repeated safely
+RETRIED = (429, 500, 502, 503)  # asked too often or too many at once; a dying ingress replica answers 500; predictions may be repeated safely
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
 CELLS_PER_REQUEST = 2048  # answers come steadily and a lost request costs little
 ENTRIES_PER_REQUEST = 4_000_000  # 32 MB of genes and counts before compression
@@ -163,7 +163,7 @@ class Client:
     """Asks a cellplane endpoint at ``url``.
 
     Every call raises ServiceError: ``status`` 0 when the endpoint cannot be reached, else the HTTP status with the
-    server's own message. Lost connections and 500, 502, 503 are tried ``retries`` times more with the same request id.
+    server's own message. Lost connections and 429, 500, 502, 503 are tried ``retries`` times more with the same request id.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 60.0, retries: int = 3) -> None:
@@ -196,6 +196,10 @@ class Client:
         """What is served: name, version, tasks and limits of each model."""
         found: list[dict[str, Any]] = self._get("/v1/models")["models"]
         return found
+
+    def versions(self, name: str) -> list[dict[str, Any]]:
+        """Every version of a model that answers, starts or was refused: state, reason, aliases, share of the requests."""
+        return [row for row in self._get("/v1/models")["versions"] if row["name"] == name]
 
     def model(self, name: str) -> dict[str, Any]:
         """What is served under ``name``, ``name@alias`` or ``name:version``."""
@@ -231,14 +235,16 @@ class Client:
         cells = WireCells.of(adata, keys, self._vocabulary(model, served["vocabulary_fingerprint"]), int(served["max_cells"]))
         columns: dict[str, NDArray[Any]] = {}
         about: dict[str, Any] = {}
+        version = served.get("version")  # all parts of one AnnData go to one version, whatever is promoted meanwhile
+        exact = f"{served['name']}:{version}" if version else quote(model, safe="@:")
         for part in cells.parts(int(served["limits"]["max_cells"])):
             body, rows = cells.body(part)
-            table, said = self._post(f"/v1/models/{quote(model, safe='@:')}/{task}", body)
+            table, said = self._post(f"/v1/models/{exact}/{task}", body)
             if table.num_rows != len(rows):
                 raise ServiceError(f"{len(rows)} cells were sent and {table.num_rows} came back; is this a cellplane endpoint?")
             if about and said["model_sha256"] != about["model_sha256"]:
                 raise ServiceError("another model version was put in place while the cells were being answered; ask again")
-            about = {**said, "warnings": sorted({*about.get("warnings", ()), *said["warnings"]})}
+            about = {**said, "alias": served.get("alias"), "warnings": sorted({*about.get("warnings", ()), *said["warnings"]})}
             for name in table.column_names:
                 _scatter(columns, name, rows, table[name], adata.n_obs)
         log.info("%d cells answered by %s version %s", adata.n_obs, about["model"], about["version"])

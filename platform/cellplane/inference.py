@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder, describe, load_model
 from cellplane.artifact.judgement import UNKNOWN as UNKNOWN
 from cellplane.artifact.judgement import Judgement
+from cellplane.artifact.members import agreed, members_of
+from cellplane.artifact.smoothing import Smoothing
 from cellplane.cells import CellBatch
 from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in
 from cellplane.data.config import DataKeys
@@ -71,7 +73,10 @@ class Predictor:
     def __init__(self, folder: ModelFolder, device: str = "cpu", precision: Precision = "float32") -> None:
         self.folder, self.device, self.precision = folder, torch.device(device), precision
         self.model = halved(build_network(folder, precision)).to(self.device).eval()
+        others = [build_network(replace(folder, weights=weights), precision) for weights in members_of(folder.attachments)]
+        self.others = [halved(network).to(self.device).eval() for network in others]  # that answer with it, see `artifact.members`
         self.judgement = Judgement.of(folder.attachments)
+        self.smoothing = Smoothing.of(folder.attachments)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Predictor:
@@ -154,18 +159,21 @@ class Predictor:
         """Every cell's expected share of its counts by gene, some cells at a time: (rows [c], shares [c, G]).
 
         Shares are 0 for genes a cell's data set did not measure, and add up to 1 over the others. Each cell is decoded in
-        its own batch (unknown: the mean of the table's rows), or in all of ``batches``, whose shares are averaged.
-        DataError when the model decodes no counts.
+        its own batch (unknown: the mean of the table's rows), or in all of ``batches``, whose shares are averaged. A model's
+        smoothing (see `artifact.smoothing`) is part of the answer in a cell's own batch, and none where batches are exchanged:
+        neighbours' counts carry theirs. DataError when the model decodes no counts.
         """
         if self.folder.config.decoder != "negative_binomial":
             raise DataError(
                 f"this {self.folder.task} model decodes no counts (decoder {self.folder.config.decoder}): fine-tune it to denoise"
             )
+        smoothing = self.smoothing if batches is None else None
         for batch, output in self._forward(store):
             for start in range(0, batch.n_cells, CELLS_PER_DECODE):
                 cells = torch.arange(start, min(start + CELLS_PER_DECODE, batch.n_cells))
                 part = batch.take(cells)
-                yield part.row.numpy(), self._shares(output.latent[cells.to(self.device)], part.to(self.device), batches)
+                shares = self._shares(output.latent[cells.to(self.device)], part.to(self.device), batches)
+                yield part.row.numpy(), shares if smoothing is None else smoothing.mixed(part, shares)
 
     @torch.inference_mode()
     def _shares(self, z_CZ: torch.Tensor, part: CellBatch, batches: Sequence[int] | None) -> NDArray[np.float32]:
@@ -192,7 +200,13 @@ class Predictor:
             if batch.n_genes != len(self.folder.vocabulary):
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():
-                yield _asked(batch, self.model(batch.to(self.device)))
+                yield _asked(batch, self._answered(batch.to(self.device)))
+
+    def _answered(self, batch: CellBatch) -> CellPLMOutput:
+        output: CellPLMOutput = self.model(batch)
+        if not self.others or output.logits is None:
+            return output
+        return replace(output, logits=agreed([output.logits, *(other(batch).logits for other in self.others)]))
 
 
 def n_asked(store: SentenceStore) -> int:

@@ -15,18 +15,8 @@ from cellplane.data.sources import AnnData, cell_table, read_h5ad
 from cellplane.errors import DataError
 from cellplane.genes import GeneVocabulary
 from cellplane.pipelines.denoising import DenoisingPipeline
-from cellplane.pipelines.denoising_scores import (
-    BASELINES,
-    FLIPPED,
-    evaluate,
-    flip,
-    gene_frequency,
-    knn15,
-    masking_scores,
-    nonzero_mean,
-    split_counts,
-    splitting_score,
-)
+from cellplane.pipelines.denoising_baselines import BASELINES, gene_frequency, knn15, nonzero_mean, split_counts, splitting_score
+from cellplane.pipelines.denoising_scores import FLIPPED, evaluate, flip, masking_scores
 
 METRICS = {"mask_rmse", "mask_mae", "mask_pearson", "split_nll"}
 

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from cellplane.errors import DataError
-from cellplane.pipelines import plots
+from cellplane.pipelines import drawing, plots
 from cellplane.pipelines.metrics import annotation_scores, confusion
 
 CLASSES = [f"type {index} of many" for index in range(31)]
@@ -148,7 +148,7 @@ def test_names_with_dollars_or_of_great_length_do_not_break_a_figure(tmp_path):
 
 
 def test_forty_classes_can_be_told_apart():
-    assert len({plots._look(index) for index in range(40)}) == 40
+    assert len({drawing.look(index) for index in range(40)}) == 40
 
 
 def test_drawing_leaves_pyplot_and_the_backend_alone(tmp_path):

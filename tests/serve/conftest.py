@@ -19,9 +19,12 @@ from cellplane.genes import GeneVocabulary
 from cellplane.inference import Predictor
 from cellplane.model.cellplm import CellPLM
 from cellplane.model.config import ModelConfig
-from serve.deployment import ModelReplica, ServeConfig, ServedVersion
+from serve.deployment import ServeConfig
+from serve.front import Front
 from serve.limits import Guard
 from serve.native import NativePaths
+from serve.replica import ModelReplica
+from serve.routes import Model, Table, Version
 
 GENES = [f"GENE{gene:04d}" for gene in range(1, 61)]
 CLASSES = ("type_0", "type_1", "type_2")
@@ -80,18 +83,27 @@ Ask = Callable[..., httpx.Response]
 @pytest.fixture(scope="session")
 def served(model_path: Path) -> ModelReplica:
     """The replica class itself, called directly."""
-    return ModelReplica(
-        ServeConfig(name="tiny", model=str(model_path)), ServedVersion("tiny", model_path, version="3", alias="champion", run_id="r1")
-    )
+    return ModelReplica(ServeConfig(name="tiny", model=str(model_path)), Version("3", str(model_path), run_id="r1", state="ready"))
 
 
 @pytest.fixture
-def ask(served: ModelReplica) -> Ask:
+def front(served: ModelReplica) -> Front:
+    """What the ingress asks, with the replica in the same process as version 3 of `tiny`."""
+
+    async def ask(model: str, label: str, method: str, *arguments: object) -> object:
+        return await getattr(served, method)(*arguments)
+
+    table = Table({"tiny": Model("tiny", {"3": served.version}, {"champion": "3"})}, epoch=1)
+    return Front(lambda: table, ask)
+
+
+@pytest.fixture
+def ask(front: Front) -> Ask:
     """Sends one request through guard, paths, codec and the real model, without a server."""
     limits = ServeConfig(
         name="tiny", model="x", max_body_bytes=200_000, max_json_bytes=100_000, max_decoded_bytes=1_000_000, max_cells=100, max_genes=500
     )
-    app = Guard(NativePaths(served, limits.limits()).app(), limits.limits())
+    app = Guard(NativePaths(front, limits.limits()).app(), limits.limits())
 
     def send(method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
         async def once() -> httpx.Response:

@@ -11,7 +11,7 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cellplane.client import ARROW_TYPE, JSON_TYPE
-from serve.limits import Guard, Limits, clean_request_id
+from serve.limits import Guard, Limits, Rate, clean_request_id
 from serve.security import ApiKey, ApiKeys, new_key
 
 PATH = "/v1/models/m/annotate"
@@ -146,3 +146,27 @@ def test_request_ids_are_made_harmless(given: str | None, check: Callable[[str],
 def test_a_changed_or_missing_request_id_is_told() -> None:
     assert Exchange().run(guard(), x_request_id="a b").headers["x-request-id"] == "ab"
     assert len(Exchange().run(guard()).headers["x-request-id"]) == 32
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_back() -> None:
+    limited = guard(keys=TWO_KEYS, requests_per_minute=2)
+    bearer = {"authorization": f"Bearer {KEY}"}
+    statuses = [Exchange(b"x").run(limited, **bearer) for _ in range(3)]
+    assert [answer.status for answer in statuses] == [200, 200, 429]
+    assert 1 <= int(statuses[2].headers["retry-after"]) <= 30
+    assert json.loads(statuses[2].body)["code"] == "rate_limited"
+    assert statuses[2].headers["connection"] == "close"
+    assert Exchange(b"x").run(limited, method="GET", **bearer).status == 200, "looking is free"
+
+
+def test_a_rate_recovers_with_time_and_holders_do_not_share_it() -> None:
+    now = [0.0]
+    rate = Rate(6, lambda: now[0])
+    assert [rate.take("a") for _ in range(7)] == [0] * 6 + [10]
+    assert rate.take("b") == 0
+    now[0] = 9.0
+    assert rate.take("a") == 1
+    now[0] = 10.1
+    assert rate.take("a") == 0
+    now[0] = 1000.0
+    assert [rate.take("a") for _ in range(7)] == [0] * 6 + [10]

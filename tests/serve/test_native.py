@@ -123,7 +123,11 @@ def test_openapi_describes_bodies_and_answers(ask: Ask) -> None:
         ("GET", "/v1/models/..%2f..%2fetc", 404, "path"),
         ("GET", "/v1/nothing", 404, "/openapi.json"),
         ("GET", "/v1/models/tiny/annotate", 405, "method"),
-        ("POST", "/v1/models/tiny/annotate?threshold=1", 422, "threshold"),
+        ("POST", "/v1/models/tiny/annotate?treshold=1", 422, "threshold, top_k"),
+        ("POST", "/v1/models/tiny/annotate?threshold=2", 422, "0 to 1"),
+        ("POST", "/v1/models/tiny/annotate?top_k=0", 422, "from 1"),
+        ("POST", "/v1/models/tiny/embed?dtype=int8", 422, "float16"),
+        ("POST", "/v1/models/tiny/denoise", 409, "annotate, embed"),
     ],
 )
 def test_a_wrong_address_gets_a_clear_status(ask: Ask, arrow_body: bytes, method: str, path: str, status: int, words: str) -> None:

@@ -40,7 +40,7 @@ LIMIT = 2_000_000
 
 
 def config_for(model: Path, **changes: Any) -> ServeConfig:
-    return ServeConfig(name="tiny", model=str(model), **{"port": 0, "num_cpus": 0.5, "replicas": 2, "max_body_bytes": LIMIT, **changes})
+    return ServeConfig(name="tiny", model=str(model), **{"port": 0, "num_cpus": 0.1, "replicas": 2, "max_body_bytes": LIMIT, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_request_id_comes_back_once(post: Post, arrow_body: bytes) -> None:
 def model_replicas() -> list[psutil.Process]:
     """Processes of this test's own cluster that hold the model."""
     own = psutil.Process().children(recursive=True)
-    return [process for process in own if "ServeReplica:cellplane:model" in " ".join(process.cmdline())]
+    return [process for process in own if "ServeReplica:tiny--v" in " ".join(process.cmdline())]
 
 
 def ask_from_many(post: Post, bodies: list[bytes], meanwhile: Callable[[], object]) -> list[httpx.Response]:
@@ -182,6 +182,27 @@ def test_a_crowd_and_a_dying_replica_change_no_answer(post: Post, predictor: Pre
     for index, answer in enumerate(answers):
         np.testing.assert_allclose(matrix(read_answer(answer.content)[0]["embedding"]), alone[index % 4], atol=1e-5)
     assert not before[0].is_running() or before[0].status() == psutil.STATUS_ZOMBIE
+
+
+CROWD, AT_ONCE = 120, 32  # `python -m jobs.benchmark serve --only crowd` asks 500
+
+
+def test_random_requests_in_a_crowd_get_their_offline_answers(post: Post, endpoint: Deployed, predictor: Predictor, cells: AnnData) -> None:
+    """Random sizes, and contexts that differ in a few cells only: the most tempting neighbours there are."""
+    rng = np.random.default_rng(0)
+    picks = [np.sort(rng.choice(40, int(rng.integers(1, 40)), replace=False)) for _ in range(CROWD)]
+    asked = [cells[pick].copy() for pick in picks]
+    wires = [WireCells.of(part, BATCHES, predictor.folder.vocabulary, 16) for part in asked]
+    bodies = [wire.body(next(iter(wire.parts(100)))) for wire in wires]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        answers = list(threads.map(lambda sent: post(sent[0]), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    for part, (_, rows), answer in zip(asked, bodies, answers, strict=True):
+        expected = predictor.embed(offline(predictor, part))[rows]
+        np.testing.assert_allclose(matrix(read_answer(answer.content)[0]["embedding"]), expected, atol=1e-5)
+    text = httpx.get(f"{endpoint.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, trust_env=False).text
+    load = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if line.startswith("cellplane_forward_")}
+    assert load["cellplane_forward_requests_total"] > load["cellplane_forward_total"], "requests that waited together shared forwards"
 
 
 def test_a_damaged_or_senseless_model_is_refused_and_the_old_one_stays(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from cellplane.data.inputs import SOURCE_DIGITS
 from cellplane.data.loader import ShardStore
 from cellplane.data.sentences import StepPlan
 from cellplane.errors import ConfigError, DataError, TrainingError
@@ -363,6 +364,7 @@ def test_a_finished_model_tells_which_sentences_it_never_saw(config, run_config,
         lineage = _model_folder(asked, TrainingState(1, network_of(asked).state_dict(), {}, "identity")).lineage
         assert float(lineage.get("validation_share", 0)) == share
         assert share == 0 or int(lineage["plan_seed"]) == asked.plan.seed
+        assert lineage["sources"].split() == [entry.sha256[:SOURCE_DIGITS] for entry in ShardStore(Path(asked.shards)).manifest.datasets]
 
 
 def test_what_is_held_out_is_part_of_a_run_s_identity_and_how_often_it_is_looked_at_is_not(run_config):

@@ -42,6 +42,13 @@ TASKS = ("pretrain", "annotate", "denoise", "impute", "perturb")
 HOW_IT_IS_COMPUTED = ("recompute", "precision")
 CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 JUDGEMENT, JUDGEMENT_CELLS = "judgement.json", "judgement.safetensors"  # how an annotator words its answers: artifact.judgement
+SMOOTHING, SMOOTHING_CELLS = "smoothing.json", "smoothing.safetensors"  # what a denoiser adds to its network: artifact.smoothing
+MEMBERS = "members.safetensors"  # more networks that answer with the first one: artifact.members
+ANSWERING = {  # attachments that change the answers
+    "judgement": (JUDGEMENT, JUDGEMENT_CELLS),
+    "smoothing": (SMOOTHING, SMOOTHING_CELLS),
+    "members": (MEMBERS,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +80,9 @@ def save_model(model: ModelFolder, path: Path) -> Path:
     """Writes the folder in one move (a reader sees all of it or nothing), replacing an older one; returns ``path``."""
     path = Path(path).absolute()
     described = {"model": _what_it_is(model.config), "task": model.task, "classes": list(model.classes), "max_cells": model.max_cells}
-    judged = [name for name in (JUDGEMENT, JUDGEMENT_CELLS) if name in model.attachments]
-    if judged:  # they change the answers, so they are part of the identity
-        described["judgement"] = {name: hashlib.sha256(model.attachments[name]).hexdigest() for name in judged}
+    for part, names in ANSWERING.items():  # they change the answers, so they are part of the identity
+        if kept := [name for name in names if name in model.attachments]:
+            described[part] = {name: hashlib.sha256(model.attachments[name]).hexdigest() for name in kept}
     genes = {"namespace": model.vocabulary.namespace, "gene_ids": list(model.vocabulary.gene_ids)}
     files = {
         CONFIG: _json(described),

@@ -32,15 +32,71 @@ def list_(tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
 def promote(
     name: Annotated[str, typer.Argument(help="Registered name.")],
     version: Annotated[int, typer.Argument(help="Version that becomes champion.")],
+    tolerance: Annotated[float, typer.Option(help="How far below the champion's held-out score it may be.")] = 0.01,
+    force: Annotated[bool, typer.Option("--force", help="Promote although the gate refuses; the history says so.")] = False,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version the champion; the one before becomes `previous`."""
-    from cellplane.tracking.registry import promote as move
+    """Make a version the champion if its held-out scores allow it; the one before becomes `previous`. Endpoints follow."""
+    from cellplane.tracking.promotion import promote as move
+    from cellplane.tracking.registry import PREVIOUS, aliases_of
 
     use_running_stack()
-    before = move(name, version, tracking_uri)
-    answer({"name": name, "champion": version, "previous": before or "none"}, as_json)
+    verdict = move(name, version, tracking_uri, tolerance, force)
+    gate = "no held-out scores" if verdict.metric is None else f"{verdict.metric} {verdict.value:.4f}"
+    gate += "" if verdict.champion is None else f", champion until now {verdict.champion:.4f}"
+    gate += "" if verdict.baseline is None else f", best baseline {verdict.baseline:.4f}"
+    before = aliases_of(name, tracking_uri).get(PREVIOUS)
+    answer({"name": name, "champion": version, "previous": before or "none", "gate": gate}, as_json)
+
+
+@app.command("rollback")
+def rollback(
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Let champion and previous change places. Endpoints follow at once: both versions are loaded."""
+    from cellplane.tracking.promotion import rollback as back
+    from cellplane.tracking.registry import PREVIOUS, aliases_of
+
+    use_running_stack()
+    champion = back(name, tracking_uri)
+    answer({"name": name, "champion": champion, "previous": aliases_of(name, tracking_uri)[PREVIOUS]}, as_json)
+
+
+@app.command("history")
+def history(
+    name: Annotated[str, typer.Argument(help="Registered name.")],
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Who promoted which version when, and what the gate said."""
+    from datetime import UTC, datetime
+
+    from cellplane.tracking.registry import history_of
+
+    use_running_stack()
+    found = history_of(name, tracking_uri)
+    if as_json:
+        answer({"name": name, "promotions": found}, True)
+        return
+    rows = [
+        [
+            datetime.fromtimestamp(entry["time_ms"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+            entry.get("what", "promote"),
+            entry["from"] or "-",
+            entry["version"],
+            entry.get("by", "-"),
+            "forced"
+            if entry.get("forced")
+            else "-"
+            if not (gate := entry.get("gate")) or gate["value"] is None
+            else f"{gate['value']:.4f}",
+        ]
+        for entry in found
+    ]
+    table(["time (UTC)", "what", "from", "to", "by", "gate"], rows)
 
 
 @app.command("show")

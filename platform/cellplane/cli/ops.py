@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 config_app = typer.Typer(help="Show configurations, shipped and resolved.", no_args_is_help=True)
 
 SCHEMAS = {  # kind of a config file = its folder -> module and class that read it
+    "annotate": ("cellplane.pipelines.folder_annotation", "AnnotateConfig"),
     "cluster": ("cellplane.cluster", "StackConfig"),
     "data": ("cellplane.data.config", "ConvertConfig"),
     "evaluate": ("cellplane.pipelines.config", "EvaluateConfig"),
@@ -25,13 +26,21 @@ SCHEMAS = {  # kind of a config file = its folder -> module and class that read 
     "pretrain": ("cellplane.train.config", "PretrainConfig"),
     "serve": ("cellplane.serve.deployment", "ServeConfig"),
     "simulate": ("cellplane.data.config", "SimulateConfig"),
+    "try": ("cellplane.pipelines.try_config", "TryAnnotation"),
     "tune": ("cellplane.pipelines.tune_config", "TuneConfig"),
 }
 TASK_SCHEMAS = {  # where the task of a file says more than its kind
+    ("evaluate", "annotate protocol"): ("cellplane.pipelines.protocol_config", "AnnotationProtocol"),
+    ("evaluate", "embed protocol"): ("cellplane.pipelines.protocol_config", "EmbeddingProtocol"),
+    ("evaluate", "denoise protocol"): ("cellplane.pipelines.task_protocols", "DenoisingProtocol"),
+    ("evaluate", "impute protocol"): ("cellplane.pipelines.task_protocols", "ImputationProtocol"),
+    ("evaluate", "perturb protocol"): ("cellplane.pipelines.task_protocols", "PerturbationProtocol"),
     ("evaluate", "denoise"): ("cellplane.pipelines.config", "DenoiseEvaluation"),
     ("finetune", "denoise"): ("cellplane.pipelines.config", "DenoiseJobConfig"),
     ("finetune", "impute"): ("cellplane.pipelines.imputation_job", "ImputeJobConfig"),
     ("finetune", "perturb"): ("cellplane.pipelines.perturbation_job", "PerturbJobConfig"),
+    ("try", "denoise"): ("cellplane.pipelines.try_config", "TryDenoising"),
+    ("try", "impute"): ("cellplane.pipelines.try_config", "TryImputation"),
 }
 
 
@@ -46,7 +55,8 @@ def load_any(path: Path, overrides: list[str] | None = None) -> Config:
     kind = str(raw.get("kind", path.absolute().parent.name))
     if kind not in SCHEMAS:
         raise ConfigError(f"{path}: kind {kind!r} is not one of {', '.join(SCHEMAS)}")
-    module, name = TASK_SCHEMAS.get((kind, str(raw.get("task"))), SCHEMAS[kind])
+    task = f"{raw.get('task')}{' protocol' * ('protocol' in raw)}"
+    module, name = TASK_SCHEMAS.get((kind, task), SCHEMAS[kind])
     loaded: Config = load_config(getattr(importlib.import_module(module), name), path, kind, overrides or [])
     return loaded
 

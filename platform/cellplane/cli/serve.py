@@ -16,7 +16,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Name in the paths; default: the registered or the folder's name.")] = None,
     config: ConfigOption = "local",
     override: Overrides = None,
-    stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down instead.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down instead; with --name only that model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Serve a model on the stack that `cellplane up` started (or at $RAY_ADDRESS)."""
@@ -37,10 +37,10 @@ def serve(
         raise ServiceError("there is no Ray to serve on: start the local stack with `cellplane up`, or set RAY_ADDRESS")
     with local_ray(log_to_driver=False):
         if stop:
-            undeploy()
-            answer({"endpoint": "stopped"}, as_json)
+            undeploy(name)
+            answer({name or "endpoint": "stopped"}, as_json)
             return
         loaded = load_config(ServeConfig, config, "serve", changes)
         say(f"starting {loaded.model} ...")
         deployed = deploy(loaded)
-    answer({"url": deployed.url, "model": deployed.model, "version": deployed.version or "-", "docs": f"{deployed.url}/docs"}, as_json)
+    answer({"url": deployed.url, "model": deployed.model, "version": deployed.version, "docs": f"{deployed.url}/docs"}, as_json)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, progress, report_of, scores_table, table, use_running_stack
+from cellplane.cli.protocols import protocol_run
 
 evaluate_app = typer.Typer(help="Score a model beside its baselines.", no_args_is_help=True)
 Inputs = Annotated[list[Path] | None, typer.Argument(help="h5ad files.")]
@@ -57,9 +58,18 @@ def evaluate_annotate(
     model: Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")] = None,
     train: Annotated[Path | None, typer.Option("--train", help="h5ad the model was fine-tuned on.")] = None,
     test: Annotated[Path | None, typer.Option("--test", help="h5ad of held-out labelled cells.")] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="Instead: a full protocol, file or shipped (cpu_annotate).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy and macro-F1 on held-out cells, beside majority, PCA + kNN and logistic regression."""
+    """Accuracy and macro-F1 on held-out cells, beside majority, PCA + kNN and logistic regression.
+
+    With --protocol the model is fitted too: splits, seeds, tuned baselines, controls; run it again to go on after a stop.
+    """
+    if protocol is not None:
+        if model or train or test:
+            raise typer.BadParameter("a protocol fits its own models on its own splits: leave out --model, --train and --test")
+        protocol_run("annotate", protocol, override or [], as_json)
+        return
     result = evaluate_run(config, [*given({"model": model, "train": train, "test": test}), *(override or [])])
     if as_json:
         answer(result, True)
@@ -79,6 +89,16 @@ def evaluate_run(config: str | None, overrides: list[str]) -> dict[str, Any]:
     return {"scores": scores, "out": str(out)}
 
 
+@evaluate_app.command("embed")
+def evaluate_embed(
+    protocol: Annotated[str, typer.Option("--protocol", help="File, or the name of a shipped one.")] = "cpu_embed",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Clusters of zero-shot embeddings and how samples mix in them, beside principal components and random weights."""
+    protocol_run("embed", protocol, override or [], as_json)
+
+
 @evaluate_app.command("denoise")
 def evaluate_denoise(
     config: ConfigOption = "denoise",
@@ -86,9 +106,16 @@ def evaluate_denoise(
     model: Annotated[str | None, typer.Option("--model", help="A denoiser or a base model: folder or models:/NAME@ALIAS.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="h5ad of the cells.")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fine-tune it on the thinned cells first, as in use.")] = False,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="Instead: a full protocol, file or shipped (cpu_denoise).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Errors on counts taken out of the cells, by masking and by count splitting, beside gene frequency and kNN."""
+    """Errors on counts taken out of the cells, by masking and by count splitting, beside gene frequency and kNN.
+
+    With --protocol the model is fitted too: seeds, tuned baselines, over-smoothing; run it again to go on after a stop.
+    """
+    if protocol is not None:
+        protocol_run("denoise", protocol, override or [], as_json)
+        return
     from cellplane.config import load_config
     from cellplane.pipelines.config import DenoiseEvaluation
     from cellplane.pipelines.evaluation import run_evaluate_denoising
@@ -101,6 +128,26 @@ def evaluate_denoise(
         return
     scores_table(scores)
     answer({"out": str(out)}, False)
+
+
+@evaluate_app.command("impute")
+def evaluate_impute(
+    protocol: Annotated[str, typer.Option("--protocol", help="A full protocol, file or shipped.")] = "cpu_impute",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Shared genes hidden in folds and imputed, beside tuned baselines and ceilings; run it again to go on after a stop."""
+    protocol_run("impute", protocol, override or [], as_json)
+
+
+@evaluate_app.command("perturb")
+def evaluate_perturb(
+    protocol: Annotated[str, typer.Option("--protocol", help="A full protocol, file or shipped.")] = "cpu_perturb",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Perturbations left out and predicted, beside what needs no network; run it again to go on after a stop."""
+    protocol_run("perturb", protocol, override or [], as_json)
 
 
 @evaluate_app.command("pretraining")

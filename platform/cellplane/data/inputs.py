@@ -22,6 +22,7 @@ from cellplane.data.files import HASH_CHUNK_BYTES, storage_errors
 from cellplane.data.guard import is_zarr
 from cellplane.errors import CellplaneError, ConfigError, DataError
 
+SOURCE_DIGITS = 16  # of a source's checksum that a model keeps, to tell whether it has seen a file
 WHOLE_BYTES = 256 * 1024**2  # a smaller source is hashed byte by byte
 END_BYTES, SAMPLES, SAMPLE_BYTES = 4 * 1024**2, 256, 64 * 1024  # of a larger one: both ends, where HDF5 keeps its tables, and samples
 GLOB_CHARACTERS = "*?["

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cellplane.artifact.folder import ModelFolder
+from cellplane.artifact.members import pack_members
 from cellplane.cells import CellBatch
 from cellplane.config import fingerprint
 from cellplane.data.company import Context
@@ -34,11 +35,13 @@ from cellplane.errors import ConfigError, DataError
 from cellplane.inference import UNKNOWN, Annotation, Read, query_keys, read_cells, record, write_annotation, write_flags
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.pipelines.base import Estimator, as_config, base_name, check_transfer, starting_model, stratified_split, take_over
+from cellplane.pipelines.components import begin_at_components
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.judging import asked_judgement, check_judging, judged
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
 from cellplane.pipelines.neighbours import voting_network
 from cellplane.pipelines.probe import Probe, ProbeObjective, shifted, stacked, without_counts
+from cellplane.seeds import keyed_seed
 from cellplane.train.config import TransferConfig
 from cellplane.train.finetune import Best, Course, Look, Progress, device_named, finetune
 from cellplane.train.loop import Keeping
@@ -113,9 +116,10 @@ class CellTypeAnnotationPipeline(Estimator):
         if len(known) < table.n_cells:
             missing = table.n_cells - len(known)
             log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
-        network = self._network(start, len(vocabulary), len(classes))
-        stores = self._split(table.rows(known))
+        stores, sizes = self._split(table.rows(known)), (len(vocabulary), len(classes))
+        network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
+        others = [] if self._votes else [self._member(number, start, stores, sizes) for number in range(1, self.config.members)]
         self.history_ = best.history
         folder = ModelFolder(
             config=network.config,
@@ -125,6 +129,7 @@ class CellTypeAnnotationPipeline(Estimator):
             max_cells=self.config.max_cells,
             classes=classes,
             lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
+            attachments=pack_members(others),
         )
         self.folder_ = judged(folder, stores, self.config)
         self.adopt(self.folder_)
@@ -210,6 +215,23 @@ class CellTypeAnnotationPipeline(Estimator):
             )
         training, validation = (memory_store(table.rows(rows), self.config.max_cells) for rows in (kept, held_out))
         return training, validation
+
+    def _begun(self, start: ModelFolder | None, table: CellTable, sizes: tuple[int, int]) -> CellPLM:
+        """The network as training finds it; ``sizes`` = (genes, classes)."""
+        network = self._network(start, *sizes)
+        if start is None and self.config.gene_start == "components":
+            begin_at_components(network, table, self.config.components, self.config.seed)
+        return network
+
+    def _member(
+        self, number: int, start: ModelFolder | None, stores: tuple[MemoryStore, MemoryStore], sizes: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Weights of another network of this recipe, on the same cells from another seed; a kill costs those that were done."""
+        seed = keyed_seed(self.config.seed, "member", number) % 2**31
+        other = CellTypeAnnotationPipeline(start, self.config.model_copy(update={"seed": seed}))
+        network = other._begun(start, stores[0].table, sizes)
+        best = other._learn(network, stores, Course())
+        return {**network.cpu().state_dict(), **best.weights}
 
     def _network(self, start: ModelFolder | None, n_genes: int, n_classes: int) -> CellPLM:
         if self._votes:

@@ -56,6 +56,12 @@ def tuned_baselines(train: tuple[Any, Labels], asked: Any, seed: int, folds: int
     return Tuned({family: answers[key] for family, key in chosen.items()}, settings, scores, max(scores, key=scores.__getitem__))
 
 
+def answers_by(choice: tuple[str, str], train: tuple[Any, Labels], asked: Any, seed: int) -> Labels:
+    """What one (family, setting) of `inner_scores`, fitted on the training (counts, labels), answers for the counts of the asked cells."""
+    with threadpool_limits(limits=1):
+        return next(answer for key, answer in _answers(train, asked, seed, {choice}) if key == choice)
+
+
 def inner_scores(counts: Any, labels: Labels, seed: int, folds: int) -> dict[tuple[str, str], float]:
     """Mean macro-F1 over inner folds of every (family, setting)."""
     found: dict[tuple[str, str], list[float]] = {}

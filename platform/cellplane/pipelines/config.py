@@ -71,12 +71,18 @@ class AnnotationConfig(FitConfig):
     """The network when no base model is given; a base model brings its own encoder."""
     new_genes: Literal["leave_out", "add"] = "leave_out"
     """Genes of the data that the base model does not know: left out, or added, beginning as the mean of those it knows."""
+    gene_start: Literal["random", "components"] = "random"
+    """Where gene vectors begin without a base model: at random, as released, or at principal components of the training cells."""
+    components: int = Field(60, ge=1)
+    """At most so many of them, with gene_start components."""
     masking: MaskingConfig = MaskingConfig(drop_cell_rate=0.3, cell_mask_rate=0.75)
     """Cells left out and genes hidden in every step, against overfitting; a linear probe (transfer.learn: head) does without."""
     optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=5e-3, weight_decay=1e-7, warmup_steps=30, embedder_lr_scale=0.1)
     """AdamW: 5e-3, embedder a tenth of it, warm-up of 30 steps (released recipe)."""
     head_dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout before the linear head (released recipe)."""
+    members: int = Field(1, ge=1)
+    """Networks fitted from as many seeds, whose probabilities are averaged: slower by that factor, and better where cells are few."""
     max_cells: int = Field(2048, ge=1)
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)
@@ -93,6 +99,34 @@ class AnnotationConfig(FitConfig):
     """Broader names for unsure cells."""
     hierarchy_file: str | None = None
     """YAML or JSON file of {label: broader name}, instead of hierarchy.parents."""
+
+
+class SmoothingConfig(Config):
+    """The counts of similar cells that a denoiser mixes with what its network says; see `artifact.smoothing`.
+
+    Whatever has several values is chosen in fit, by foretelling counts that were taken out of the validation cells.
+    """
+
+    share: tuple[float, ...] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+    """Share of the neighbours in the answer, between 0 and 1; (0.0,) leaves the network alone."""
+    neighbours: tuple[int, ...] = (15, 30)
+    """Nearest cells that a step of the walk goes to."""
+    steps: tuple[int, ...] = (1, 2, 3, 4)
+    """Length of the walk."""
+    components: int = Field(50, ge=1)
+    """Main components of expression in which cells are near to one another."""
+    kept_cells: int = Field(5000, ge=2)
+    """Training cells that stay with the model, counts and all, for every later answer; chosen by the seed."""
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        if not (self.share and self.neighbours and self.steps):
+            raise ValueError("share, neighbours and steps need at least one value each; share: [0.0] leaves the network alone")
+        if not all(0 <= share <= 1 for share in self.share):
+            raise ValueError(f"share {list(self.share)}: shares lie between 0 and 1")
+        if min(*self.neighbours, *self.steps) < 1:
+            raise ValueError(f"neighbours {list(self.neighbours)} and steps {list(self.steps)} are whole numbers from 1 on")
+        return self
 
 
 class DenoisingConfig(FitConfig):
@@ -114,6 +148,8 @@ class DenoisingConfig(FitConfig):
     """Weight of the likelihood of a hidden entry."""
     seen_weight: float = Field(0.1, ge=0)
     """Weight of the likelihood of an entry that was not hidden."""
+    smoothing: SmoothingConfig = SmoothingConfig()
+    """Similar cells whose counts are mixed with what the network says."""
     optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=2e-3, weight_decay=1e-6, warmup_steps=20)
     """AdamW."""
     max_cells: int = Field(2048, ge=1)

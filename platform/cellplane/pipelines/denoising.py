@@ -49,7 +49,9 @@ from cellplane.model.masking import Mask, mask_genes
 from cellplane.model.noise import Noise
 from cellplane.pipelines.base import Estimator, base_name, check_transfer, starting_model, take_over
 from cellplane.pipelines.config import DenoisingConfig
-from cellplane.pipelines.denoising_scores import Answers, evaluate
+from cellplane.pipelines.denoising_baselines import Answers, gene_shares
+from cellplane.pipelines.denoising_scores import evaluate
+from cellplane.pipelines.denoising_smoothing import smoothed
 from cellplane.pipelines.job import Scores
 from cellplane.seeds import keyed_seed
 from cellplane.train.finetune import Best, Course, Look, Progress, finetune
@@ -58,6 +60,7 @@ from cellplane.train.objective import MaskedObjective
 
 log = logging.getLogger(__name__)
 
+LEAST_MEAN = 1e-4  # ten times the least mean that the decoder can say
 BATCH_PART = "decoder.batch."  # what the decoder knows of batches: a base model's are not the user's
 
 
@@ -173,16 +176,16 @@ class DenoisingPipeline(Estimator):
         look = HiddenCounts(denoiser, validation, config)
         best = finetune(denoiser, MaskedObjective(training, config.masking), plan, config, look, course)
         self.history_ = best.history
-        self.adopt(
-            ModelFolder(
-                config=network.config,
-                weights=best.weights,
-                vocabulary=cells.vocabulary,
-                task="denoise",
-                max_cells=config.max_cells,
-                lineage=self._lineage(best, cells, len(order)),
-            )
+        folder = ModelFolder(
+            config=network.config,
+            weights=best.weights,
+            vocabulary=cells.vocabulary,
+            task="denoise",
+            max_cells=config.max_cells,
+            lineage=self._lineage(best, cells, len(order)),
         )
+        known = np.sort(order)
+        self.adopt(smoothed(folder, cells.table.rows(known), np.searchsorted(known, np.sort(order[:held])), config))
         return self
 
     def predict(self, data: AnnData, *, key_added: str | None = None, target_batch: str | None = None) -> NDArray[np.float32]:
@@ -230,7 +233,8 @@ class DenoisingPipeline(Estimator):
     def _network(self, cells: Cells) -> CellPLM:
         start, n_batches = cells.start, len(cells.batches)
         if start is None:
-            return new_model(replace(self.config.model, n_genes=len(cells.vocabulary), n_batches=n_batches), self.config.seed)
+            network = new_model(replace(self.config.model, n_genes=len(cells.vocabulary), n_batches=n_batches), self.config.seed)
+            return begun_at(network, gene_shares(cells.table))
         if start.config.decoder != "negative_binomial":
             raise ConfigError(f"the base model decodes no counts (decoder {start.config.decoder}): name a pre-trained one, or none")
         if not n_batches:
@@ -274,6 +278,15 @@ class Cells:
         table, report = cell_table(data, vocabulary, keys)
         names = () if table.batch is None else tuple(sorted(set(map(str, table.batch))))
         return cls(table, vocabulary, start, names if len(names) > 1 else (), report)
+
+
+def begun_at(network: CellPLM, share_G: NDArray[np.float64]) -> CellPLM:
+    """The network, whose answer begins near the average cell: half as many steps are needed then."""
+    mean = np.clip(share_G * len(share_G), LEAST_MEAN, None)  # 1 for an average gene
+    weights = network.state_dict()
+    weights["decoder.mean.bias"] = torch.from_numpy(np.log(mean)).float()
+    network.load_state_dict(weights)
+    return network
 
 
 def answers(predictor: Predictor, table: CellTable) -> Answers:

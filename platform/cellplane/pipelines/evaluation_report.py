@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import logging
@@ -14,20 +13,13 @@ from pathlib import Path
 from cellplane.data.files import atomic_file
 from cellplane.errors import ServiceError
 from cellplane.pipelines.job import run_name
-from cellplane.pipelines.protocol import Evaluation, Picture, Row
+from cellplane.pipelines.pages import figure, heading, items, page, paragraph
+from cellplane.pipelines.protocol import Evaluation, Row
 from cellplane.tracking.journal import Journal
 from cellplane.tracking.runs import RunSpec, TrackedRun, code_tags
 
 log = logging.getLogger(__name__)
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; }
-tr.model td { font-weight: 600; background: #eef4fa; }
-td.better { color: #006b45; } td.worse { color: #a33c00; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; } figcaption { color: #555; }
-"""
 LEGEND = (
     "Mean +- sample standard deviation (number of splits x seeds). The lead is the model's over the row, paired over splits and "
     "seeds, with a 95 % interval and the p value of the corrected resampled t test (Nadeau and Bengio 2003); "
@@ -74,7 +66,7 @@ def as_markdown(evaluation: Evaluation, title: str, folder: Path) -> str:
 
 def markdown_table(evaluation: Evaluation, dataset: str, protocol: str) -> list[str]:
     """Lines of one table: method, kind, every metric, and the model's lead."""
-    header, lines = _header(evaluation), []
+    header, lines = _header(evaluation, dataset, protocol), []
     for row in evaluation.rows(dataset, protocol):
         cells = [text.replace("|", "/") for text, _ in _cells(evaluation, (dataset, protocol), row)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -83,18 +75,21 @@ def markdown_table(evaluation: Evaluation, dataset: str, protocol: str) -> list[
 
 def as_html(evaluation: Evaluation, title: str) -> str:
     """The report as one page without scripts, with its pictures inside."""
-    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(LEGEND)}</p>"]
+    return page(title, [paragraph(LEGEND), *sections(evaluation)])
+
+
+def sections(evaluation: Evaluation) -> list[str]:
+    """The tables, notes and pictures of an evaluation as pieces of a page."""
+    body: list[str] = []
     for dataset, protocol in evaluation.tables():
-        body += [f"<h2>{html.escape(f'{dataset}, {protocol}')}</h2>", _html_table(evaluation, dataset, protocol)]
+        body += [heading(f"{dataset}, {protocol}"), _html_table(evaluation, dataset, protocol)]
     if evaluation.notes:
-        body += ["<h2>Notes</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in evaluation.notes), "</ul>"]
-    body += [_figure(picture) for picture in evaluation.pictures]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+        body += [heading("Notes"), items(evaluation.notes)]
+    return [*body, *(figure(picture) for picture in evaluation.pictures)]
 
 
 def _html_table(evaluation: Evaluation, dataset: str, protocol: str) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(evaluation))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(evaluation, dataset, protocol))
     lines = []
     for row in evaluation.rows(dataset, protocol):
         cells = "".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in _cells(evaluation, (dataset, protocol), row))
@@ -103,22 +98,21 @@ def _html_table(evaluation: Evaluation, dataset: str, protocol: str) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
 
 
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    title, caption = html.escape(picture.title), html.escape(picture.caption)
-    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
-    return f"<h2>{title}</h2><figure>{image}<figcaption>{caption}</figcaption></figure>"
+def _header(evaluation: Evaluation, dataset: str, protocol: str) -> list[str]:
+    arrows = [f"{name} ({_direction(evaluation, name)})" for name in evaluation.metrics_of(dataset, protocol)]
+    return ["method", "kind", *arrows, f"lead in {evaluation.decides(protocol)}"]
 
 
-def _header(evaluation: Evaluation) -> list[str]:
-    arrows = [f"{name} ({'lower' if name in evaluation.lower_is_better else 'higher'} is better)" for name in evaluation.metrics()]
-    return ["method", "kind", *arrows, f"lead in {evaluation.metric}"]
+def _direction(evaluation: Evaluation, metric: str) -> str:
+    if metric in evaluation.aims:
+        return f"{evaluation.aims[metric]:g} is best"
+    return "lower is better" if metric in evaluation.lower_is_better else "higher is better"
 
 
 def _cells(evaluation: Evaluation, table: tuple[str, str], row: Row) -> list[tuple[str, str]]:
     """(text, verdict) of a row's cells; only the lead has a verdict."""
     lead = None if row.method.name == evaluation.model else evaluation.difference(*table, row.method.name)
-    scores = [(row.text(name), "") for name in evaluation.metrics()]
+    scores = [(row.text(name), "") for name in evaluation.metrics_of(*table)]
     verdict = ("", "") if lead is None else (lead.text(), lead.verdict)
     return [(row.method.name, ""), (row.method.kind, ""), *scores, verdict]
 
@@ -159,6 +153,6 @@ def means(evaluation: Evaluation) -> dict[str, float]:
         f"{dataset}/{protocol}/{row.method.name}/{name}": row.mean(name)
         for dataset, protocol in evaluation.tables()
         for row in evaluation.rows(dataset, protocol)
-        for name in evaluation.metrics()
+        for name in evaluation.metrics_of(dataset, protocol)
         if math.isfinite(row.mean(name))
     }

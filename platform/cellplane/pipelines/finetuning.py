@@ -25,9 +25,10 @@ from cellplane.errors import CheckpointError, DataError
 from cellplane.model.config import identifying
 from cellplane.pipelines import plots
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
-from cellplane.pipelines.config import AnnotationConfig, DenoiseJobConfig, DenoisingConfig, FinetuneConfig
+from cellplane.pipelines.config import AnnotationConfig, DenoiseJobConfig, DenoisingConfig, FinetuneConfig, SmoothingConfig
 from cellplane.pipelines.denoising import DenoisingPipeline
 from cellplane.pipelines.evaluation import draw_annotation, evaluate_annotation
+from cellplane.pipelines.golden import with_golden
 from cellplane.pipelines.imputation_job import IMPUTE
 from cellplane.pipelines.job import JobReport, Left, Progress, Scores, fresh, job_tags, journal_rows, publish, quiet, run_name
 from cellplane.pipelines.perturbation_job import PERTURB
@@ -48,10 +49,14 @@ log = logging.getLogger(__name__)
 ANOTHER_WRITER_S = 5.0  # a job that was killed lets go of its run at once
 NOT_THE_MODEL = ("checkpoint", "device")  # keys of every job that say how it is done
 # Keys that came later, with what earlier versions did: a finished run of theirs is still found
-_ANSWERS = ("method", "voting", "calibrate", "unknown", "hierarchy", "hierarchy_file")  # of an annotator
+_ANSWERS = (  # of an annotator
+    *("method", "voting", "calibrate", "unknown", "hierarchy", "hierarchy_file"),
+    *("gene_start", "components", "members"),
+)
 LATER: dict[str, Any] = {
     "transfer": to_plain(TransferConfig()),
     "guard": to_plain(GuardConfig()),
+    "smoothing": to_plain(SmoothingConfig(share=(0.0,))),
     **{name: value for name, value in to_plain(AnnotationConfig()).items() if name in _ANSWERS},
 }
 # Later than the format, and yet part of every identity so far, used or not
@@ -206,7 +211,7 @@ def _finished(config: Any, path: Path, identity: str) -> Any:
 def _save(pipeline: Any, path: Path, identity: str, scores: Scores | None) -> None:
     keys = pipeline.config.keys.model_dump_json()
     folder = replace(pipeline.folder_, lineage={**pipeline.folder_.lineage, "job_identity": identity, "keys": keys})
-    pipeline.folder_ = replace(folder, card=model_card(folder, scores))
+    pipeline.folder_ = with_golden(replace(folder, card=model_card(folder, scores)))
     save_model(pipeline.folder_, path)
 
 

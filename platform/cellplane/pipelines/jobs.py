@@ -20,6 +20,7 @@ from cellplane.data.shards import Manifest
 from cellplane.errors import CellplaneError
 from cellplane.pipelines.evaluation import run_evaluate as run_evaluate
 from cellplane.pipelines.finetuning import run_finetune as run_finetune
+from cellplane.pipelines.golden import with_golden
 from cellplane.pipelines.job import MODEL_ROW as MODEL_ROW
 from cellplane.pipelines.job import JobReport as JobReport
 from cellplane.pipelines.job import Left, Progress, Scores, fresh, publish, quiet, run_name
@@ -71,7 +72,7 @@ def check_pretrain(config: PretrainConfig) -> Manifest:
 
 def _with_card(path: Path, scores: Scores | None) -> ModelFolder:
     model = load_model(path)
-    model = replace(model, card=model_card(model, scores))
+    model = with_golden(replace(model, card=model_card(model, scores)))
     save_model(model, path)
     return model
 

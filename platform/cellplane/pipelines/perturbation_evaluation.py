@@ -49,7 +49,7 @@ def evaluate_perturbation(
     found = []
     for seed in seeds:
         recipe = given.model_copy(update={"seed": given.seed + seed})
-        cases = list(_cases(data, recipe, leave_out, base))
+        cases = list(cases_of(data, recipe, leave_out, base))
         found.append(summary(cases, seed))
     methods = [name for name, value in found[0].items() if isinstance(value, dict) and "pearson" in value]
     pearson = {name: [one[name]["pearson"] for one in found] for name in methods}
@@ -89,7 +89,8 @@ class Split:
         return np.flatnonzero((self.screen.group == group) & (self.part == part))
 
 
-def _cases(data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, base: ModelFolder | None) -> Iterator[Case]:
+def cases_of(data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, base: ModelFolder | None = None) -> Iterator[Case]:
+    """Every perturbation (in every cell type) as a model sees it that learned without it, beside the baselines; split by the seed."""
     screen, start, _ = read_screen(data, config, base)
     split = Split.of(screen, config.seed)
     pairs = pairs_of(screen, 3 * config.min_cells)

@@ -1,8 +1,7 @@
 """The pictures of a run, each a PNG: losses, confusion, UMAP, F1 by class, calibration.
 
-Figures are built as objects and never through pyplot, so that nothing global changes in a worker or a notebook.
-Colours are those of Okabe and Ito (Color Universal Design, 2008), told apart by people with any colour vision; where
-there are more classes than colours, the shape of the marker changes.
+Figures are built as objects and never through pyplot, so that nothing global changes in a worker or a notebook. What is
+also drawn into a person's own axes lies in `drawing`.
 """
 
 from __future__ import annotations
@@ -12,18 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from cellplane.errors import DataError
-from cellplane.pipelines.metrics import AnnotationScores, expected_calibration_error, reliability
+from cellplane.pipelines.drawing import (
+    COLOURS,
+    MARKERS,
+    Axes,
+    confusion_size,
+    draw_confusion,
+    draw_f1,
+    draw_groups,
+    draw_reliability,
+    f1_size,
+    new_axes,
+    safe,
+    umap_size,
+)
+from cellplane.pipelines.metrics import AnnotationScores, reliability
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#B8A800")
-MARKERS = ("o", "^", "s", "X", "D")  # 8 colours x 5 shapes: 40 classes before a pair returns
 DPI = 150
-LONGEST_NAME = 48  # characters of a class name before it is cut
 
 # What each term of the loss is called in a journal, and for a reader; anything else there is not a loss.
 LOSS_TERMS = {
@@ -38,7 +47,6 @@ LOSS_TERMS = {
 }
 
 UMAP_NEIGHBOURS, UMAP_DISTANCE = 15, 0.5  # scanpy's defaults
-BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 9}  # right of the axes
 
 
 def loss_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "Loss") -> Path:
@@ -63,7 +71,7 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "Loss"
     panels[0].legend(frameon=False, fontsize=9)
     panels[-1].set_xlabel("optimizer step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_title(_safe(title))
+    panels[0].set_title(safe(title))
     return _save(figure, path)
 
 
@@ -112,61 +120,27 @@ def _stacked(panels: Mapping[str, Sequence[_Drawn]], path: Path, title: str) -> 
             axes.plot(*zip(*curve, strict=True), style, color=colour, marker=marker, ms=3, label=name)
         if logarithmic and all(value > 0 for *_, curve in curves for _, value in curve):
             axes.set_yscale("log")
-        axes.set_ylabel(_safe(label), fontsize=9)
+        axes.set_ylabel(safe(label), fontsize=9)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(_safe(title))
+    figure.suptitle(safe(title))
     return _save(figure, path)
 
 
 def confusion_plot(matrix: ArrayLike, classes: Sequence[str], path: Path, title: str = "Confusion matrix") -> Path:
     """Where the cells of each true class (rows) went: colour = share of the row, number = cells. ``matrix`` [K, K]."""
-    table = np.asarray(matrix, dtype=np.int64)
-    if table.shape != (len(classes), len(classes)):
-        raise DataError(f"a confusion matrix of {len(classes)} classes has shape [K, K], found {table.shape}")
-    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    side = max(6.0, 3.2 + 0.42 * len(classes))
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
-    names = [_safe(name) for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_yticks(range(len(names)), [f"{name} (n={cells})" for name, cells in zip(names, table.sum(axis=1), strict=True)], fontsize=9)
-    for row, column in zip(*np.nonzero(table), strict=True):
-        colour = "black" if share[row, column] > 0.55 else "white"
-        axes.text(column, row, str(table[row, column]), ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted cell type", ylabel="true cell type")
-    axes.set_title(_safe(title))
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true type's cells", format=PercentFormatter(1.0))
-    return _save(figure, path)
+    axes = draw_confusion(new_axes(confusion_size(len(classes))), matrix, classes)
+    return save_axes(axes, path, title)
 
 
 def umap_plot(embedding: ArrayLike, labels: ArrayLike, path: Path, title: str = "UMAP of the embedding", seed: int = 0) -> Path:
     """Cells in two dimensions, one colour and marker for each label [n]; missing labels are grey. Same seed, same picture."""
-    layout, named = umap_layout(embedding, seed), np.array(["" if name is None else str(name) for name in np.asarray(labels, dtype=object)])
-    if len(named) != len(layout):
-        raise DataError(f"a UMAP needs one label a cell, found {len(named)} labels for {len(layout)} cells")
-    classes = sorted(set(named) - {""})
-    figure = Figure(figsize=(11 if len(classes) <= 20 else 13.5, 7), layout="constrained")
-    axes = figure.add_subplot()
-    size = float(np.clip(14_000 / len(layout), 6, 30))
-    if np.any(named == ""):
-        nameless = layout[named == ""]
-        axes.scatter(nameless[:, 0], nameless[:, 1], size, "#BBBBBB", marker=".", label=f"no label ({len(nameless)})")
-    for index, name in enumerate(classes):
-        cells = layout[named == name]
-        colour, marker = _look(index)
-        axes.scatter(cells[:, 0], cells[:, 1], size, colour, marker=marker, lw=0, label=f"{index + 1}  {_safe(name)} ({len(cells)})")
-    for index, name in enumerate(classes):
-        _number(axes, np.median(layout[named == name], axis=0), str(index + 1))
-    axes.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", xticks=[], yticks=[])
-    axes.set_title(f"{_safe(title)}\n{len(layout)} cells, seed {seed}", fontsize=11)
-    axes.set_aspect("equal", adjustable="datalim")
-    legend = axes.legend(**BESIDE, ncols=1 if len(classes) <= 20 else 2, title="label (cells)")
-    for handle in legend.legend_handles:
-        handle.set_sizes([45.0])  # type: ignore[union-attr]
-    return _save(figure, path)
+    layout = umap_layout(embedding, seed)
+    classes = {str(name) for name in np.asarray(labels, dtype=object) if name is not None}
+    axes = draw_groups(new_axes(umap_size(len(classes))), layout, labels)
+    axes.set_title(f"{safe(title)}\n{len(layout)} cells, seed {seed}", fontsize=11)
+    return save_axes(axes, path)
 
 
 def umap_layout(embedding: ArrayLike, seed: int = 0) -> NDArray[np.float32]:
@@ -185,62 +159,36 @@ def umap_layout(embedding: ArrayLike, seed: int = 0) -> NDArray[np.float32]:
 
 def per_class_f1_plot(scores: Mapping[str, AnnotationScores], path: Path, title: str = "F1 by cell type") -> Path:
     """F1 of every class for one or several predictors (name -> their scores on the same cells), rarest class below."""
-    first = next(iter(scores.values()))
-    classes = sorted(first["support"], key=lambda name: (first["support"][name], name))
-    places = np.arange(len(classes))
-    figure = Figure(figsize=(9.5, 1.8 + 0.34 * len(classes)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hlines(places, 0, 1, color="#DDDDDD", linewidth=1, zorder=0)
-    for index, (name, score) in enumerate(scores.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        values = [score["per_class_f1"].get(label, 0.0) for label in classes]
-        shift = 0.18 * ((len(scores) - 1) / 2 - index)  # side by side, so that equal scores stay visible
-        axes.scatter(values, places + shift, 42, colour, marker=marker, label=f"{_safe(name)} ({score['macro_f1']:.3f})", clip_on=False)
-    axes.set_yticks(places, [f"{_safe(name)} (n={first['support'][name]})" for name in classes], fontsize=9)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(classes) - 0.4), xlabel="F1 (0 to 1)", ylabel="true cell type")
-    axes.set_title(_safe(title))
-    axes.legend(**BESIDE, title="predictor (macro-F1)")
-    return _save(figure, path)
+    classes = next(iter(scores.values()))["support"]
+    return save_axes(draw_f1(new_axes(f1_size(len(classes))), scores), path, title)
 
 
 def reliability_plot(confidence: ArrayLike, correct: ArrayLike, path: Path, title: str = "Reliability of the confidence") -> Path:
     """Share of right answers against stated confidence, and how many cells stated it; the diagonal is an honest model."""
     table = reliability(confidence, correct)
-    error = expected_calibration_error(confidence, correct)
-    centres, width = (table.edges[:-1] + table.edges[1:]) / 2, 0.9 * np.diff(table.edges)
     figure = Figure(figsize=(6, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], "--", color="#666666", label="honest: right as often as stated")
-    upper.bar(centres, np.nan_to_num(table.accuracy), width, color=COLOURS[4], edgecolor="white", label="right answers")
-    upper.plot(table.confidence, table.accuracy, "o", color=COLOURS[6], ms=5, label="mean of the bin")
-    upper.set(ylim=(0, 1.02), ylabel="right answers (share of cells)")
-    upper.set_title(f"{_safe(title)}\nexpected calibration error {error:.3f}, {table.cells.sum()} cells", fontsize=11)
-    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    draw_reliability(upper, confidence, correct)
+    upper.set(title=f"{safe(title)}\n{upper.get_title()}", xlabel="")
+    centres, width = (table.edges[:-1] + table.edges[1:]) / 2, 0.9 * np.diff(table.edges)
     lower.bar(centres, table.cells, width, color=COLOURS[0])
     lower.set(xlim=(0, 1), xlabel="stated confidence (probability)", ylabel="cells")
     lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     return _save(figure, path)
 
 
+def save_axes(axes: Axes, path: Path, title: str | None = None) -> Path:
+    """The figure of these axes as a PNG, with a title where one is given."""
+    if title is not None:
+        axes.set_title(safe(title))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return _save(figure, path)
+
+
 def _curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in the order of steps; a step written twice keeps its last value."""
     return sorted({int(row["step"]): float(row["metrics"][key]) for row in rows if key in row["metrics"]}.items())
-
-
-def _look(index: int) -> tuple[str, str]:
-    """Colour and marker of the class at this place: colours run first, then the shape changes."""
-    return COLOURS[index % len(COLOURS)], MARKERS[(index // len(COLOURS)) % len(MARKERS)]
-
-
-def _number(axes: Axes, place: NDArray[Any], text: str) -> None:
-    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "#666666", "alpha": 0.65, "linewidth": 0.5}
-    axes.text(float(place[0]), float(place[1]), text, ha="center", va="center", fontsize=8, bbox=box)
-
-
-def _safe(name: str) -> str:
-    """A name as the figure shows it: shortened, and `$` is a dollar, not mathematics."""
-    short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
-    return short.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,8 @@ class Row:
 class Evaluation:
     """Entries of a task with what explains them. ``metric`` decides; ``lower_is_better`` names errors among the metrics.
 
-    ``model`` is the row whose differences to every other row are told.
+    ``model`` is the row whose differences to every other row are told. ``deciding`` names the metric of protocols that are
+    decided by another one; ``aims`` the best value of metrics that can be too large and too small.
     """
 
     task: str
@@ -178,6 +179,8 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
     model: str = "cellplm"
+    deciding: Mapping[str, str] = field(default_factory=dict)
+    aims: Mapping[str, float] = field(default_factory=dict)
 
     def tables(self) -> list[tuple[str, str]]:
         """(data set, protocol) in the order of measuring."""
@@ -185,26 +188,38 @@ class Evaluation:
 
     def metrics(self) -> list[str]:
         """Names of all metrics, the deciding one first."""
-        names = dict.fromkeys([self.metric, *(name for entry in self.entries for name in entry.metrics)])
-        return list(names)
+        return self._metrics(self.metric, self.entries)
+
+    def decides(self, protocol: str) -> str:
+        """The metric that decides under a protocol."""
+        return self.deciding.get(protocol, self.metric)
+
+    def metrics_of(self, dataset: str, protocol: str) -> list[str]:
+        """Names of the metrics of one table, the deciding one first."""
+        return self._metrics(self.decides(protocol), self._entries(dataset, protocol))
 
     def rows(self, dataset: str, protocol: str) -> list[Row]:
         """One row for each method, ours first, then baselines, controls and ceilings."""
-        found = [entry for entry in self.entries if (entry.place.dataset, entry.place.protocol) == (dataset, protocol)]
+        found = self._entries(dataset, protocol)
         methods = sorted(dict.fromkeys(entry.method for entry in found), key=lambda method: KINDS.index(method.kind))
         return [Row(method, _values([entry for entry in found if entry.method == method], self.metrics())) for method in methods]
 
     def difference(self, dataset: str, protocol: str, other: str, metric: str | None = None) -> Difference | None:
         """The model's lead over another row, paired over split and seed; positive is in our favour. None without pairs."""
-        name = metric or self.metric
+        name = metric or self.decides(protocol)
         ours, theirs = (self._by_place(dataset, protocol, method) for method in (self.model, other))
         pairs = [(ours[place], theirs[place]) for place in ours if place in theirs]
         pairs = [(mine, its) for mine, its in pairs if all(math.isfinite(one.metrics.get(name, math.nan)) for one in (mine, its))]
         if not pairs:
             return None
-        sign = -1.0 if name in self.lower_is_better else 1.0
-        leads = [sign * (mine.metrics[name] - its.metrics[name]) for mine, its in pairs]
+        leads = [self._merit(name, mine.metrics[name]) - self._merit(name, its.metrics[name]) for mine, its in pairs]
         return paired_difference(leads, float(np.mean([mine.test_share for mine, _ in pairs])))
+
+    def _merit(self, metric: str, value: float) -> float:
+        """The value as a number that is better when larger."""
+        if metric in self.aims:
+            return -abs(value - self.aims[metric])
+        return -value if metric in self.lower_is_better else value
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready: every entry, and every table with its differences."""
@@ -222,9 +237,17 @@ class Evaluation:
         rows = []
         for row in self.rows(dataset, protocol):
             lead = None if row.method.name == self.model else self.difference(dataset, protocol, row.method.name)
-            scores = {name: {"mean": row.mean(name), "spread": row.spread(name)} for name in self.metrics() if row.values[name]}
+            known = [name for name in self.metrics_of(dataset, protocol) if row.values[name]]
+            scores = {name: {"mean": row.mean(name), "spread": row.spread(name)} for name in known}
             rows.append({**asdict(row.method), "scores": scores, "lead": None if lead is None else asdict(lead)})
-        return {"dataset": dataset, "protocol": protocol, "rows": rows}
+        return {"dataset": dataset, "protocol": protocol, "metric": self.decides(protocol), "rows": rows}
+
+    def _entries(self, dataset: str, protocol: str) -> list[Entry]:
+        return [entry for entry in self.entries if (entry.place.dataset, entry.place.protocol) == (dataset, protocol)]
+
+    @staticmethod
+    def _metrics(first: str, entries: Sequence[Entry]) -> list[str]:
+        return list(dict.fromkeys([first, *(name for entry in entries for name in entry.metrics)]))
 
     def _by_place(self, dataset: str, protocol: str, method: str) -> dict[Place, Entry]:
         wanted = (dataset, protocol, method)
@@ -243,4 +266,4 @@ def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
     entries, pictures, notes = (
         tuple(item for one in evaluations for item in getattr(one, name)) for name in ("entries", "pictures", "notes")
     )
-    return Evaluation(first.task, first.metric, entries, pictures, notes, first.lower_is_better, first.model)
+    return replace(first, entries=entries, pictures=pictures, notes=notes)

@@ -51,12 +51,12 @@ class Seen:
     label: NDArray[np.int64]
 
 
-def fit_space(table: CellTable, seed: int) -> Space | None:
+def fit_space(table: CellTable, seed: int, components: int = COMPONENTS) -> Space | None:
     """Main components of the cells' log counts, per 10,000 but for a targeted panel; None where cells or genes are too few."""
     rows = np.sort(np.random.default_rng(keyed_seed(seed, "space")).permutation(table.n_cells)[:MOST_FITTED])
     part = table.rows(rows)
     shape = (part.n_cells, len(part.panel))
-    components = min(COMPONENTS, int(part.panel.sum()) - 1, part.n_cells - 1)
+    components = min(components, int(part.panel.sum()) - 1, part.n_cells - 1)
     if components < 1 or not len(part.value):
         return None
     plain = Space(np.zeros((shape[1], 0), np.float32), np.zeros(shape[1], np.float32), 0.0 if part.panel.sum() < PANEL_GENES else CP10K)

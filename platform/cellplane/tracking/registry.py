@@ -88,11 +88,11 @@ def set_alias(name: str, alias: str, version: int, uri: str | None = None) -> No
         client.set_registered_model_alias(name, alias, str(version))
 
 
-def promote(name: str, version: int, uri: str | None = None) -> int | None:
+def promote(name: str, version: int, uri: str | None = None, note: Mapping[str, object] | None = None) -> int | None:
     """Make ``version`` the champion and the champion until now `previous`; returns the latter, None when there was none.
 
-    Promoting the champion again changes nothing. Every change is added to the model's history tag. A crash between
-    the steps leaves the old champion in place.
+    Promoting the champion again changes nothing. Every change is added to the model's history tag, with ``note`` (see
+    `promotion` for who and why). A crash between the steps leaves the old champion in place.
     """
     address, client = _open(name, uri)
     with tracker_errors(address):
@@ -104,10 +104,40 @@ def promote(name: str, version: int, uri: str | None = None) -> int | None:
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, str(champion))
         client.set_registered_model_alias(name, CHAMPION, str(version))
-        entry = {"version": version, "from": None if champion is None else int(champion), "time_ms": int(time.time() * 1000)}
-        history = [*promotions(model.tags), entry][-MAX_HISTORY:]
-        client.set_registered_model_tag(name, HISTORY_TAG, json.dumps(history))
-        return None if champion is None else int(champion)
+        before = None if champion is None else int(champion)
+        entry = {"version": version, "from": before, "time_ms": int(time.time() * 1000), **(note or {})}
+        client.set_registered_model_tag(name, HISTORY_TAG, json.dumps([*promotions(model.tags), entry][-MAX_HISTORY:]))
+        return before
+
+
+def aliases_of(name: str, uri: str | None = None) -> dict[str, int]:
+    """The version each alias of a model points at."""
+    address, client = _open(name, uri)
+    with tracker_errors(address):
+        return {alias: int(version) for alias, version in _known_model(client, name).aliases.items()}
+
+
+def history_of(name: str, uri: str | None = None) -> list[dict[str, Any]]:
+    """Every promotion of a model, oldest first: version, from, time_ms, and who and why where that is known."""
+    address, client = _open(name, uri)
+    with tracker_errors(address):
+        return promotions(_known_model(client, name).tags)
+
+
+def scores_of(name: str, version: int, uri: str | None = None) -> dict[str, float]:
+    """Held-out scores of the version's run by "method/metric", e.g. "cellplm/macro_f1"; empty when its run has none."""
+    address, client = _open(name, uri)
+    with tracker_errors(address):
+        found = _ready_version(client, name, version)
+        metrics = client.get_run(found.run_id).data.metrics if found.run_id else {}
+    return {key.removeprefix("test/"): float(value) for key, value in metrics.items() if key.startswith("test/")}
+
+
+def tag_version(name: str, version: int, key: str, value: str, uri: str | None = None) -> None:
+    """Write one of our tags on a version, e.g. why it does not serve."""
+    address, client = _open(name, uri)
+    with tracker_errors(address):
+        client.set_model_version_tag(name, str(version), tag_key(key), value[:MAX_DESCRIPTION])
 
 
 def promotions(tags: Mapping[str, str]) -> list[dict[str, Any]]:

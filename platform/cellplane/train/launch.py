@@ -25,6 +25,7 @@ import torch
 
 from cellplane.artifact.folder import ModelFolder, save_model
 from cellplane.config import home, to_plain
+from cellplane.data.inputs import SOURCE_DIGITS
 from cellplane.data.loader import ShardStore
 from cellplane.errors import CellplaneError, CheckpointError, ServiceError, TrainingError
 from cellplane.train.checkpoint import TrainingState, checkpoints_of
@@ -115,6 +116,7 @@ def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
         max_cells=store.manifest.max_cells,
         lineage={
             "data_fingerprint": store.manifest.fingerprint,
+            "sources": " ".join(entry.sha256[:SOURCE_DIGITS] for entry in store.manifest.datasets),  # whether a file was seen
             "training_cells": str(store.manifest.cells),
             "run": config.run,
             "run_identity": run_identity(config),

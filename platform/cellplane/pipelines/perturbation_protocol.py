@@ -1,0 +1,119 @@
+"""The full protocol of perturbation: what was never seen is predicted, from controls that the truth does not use.
+
+`perturbation_evaluation` leaves out and splits, `perturbation_scores` measures; here seeds become rows. The ceiling is what
+a perfect prediction would score, given how noisy the measured changes are; perturbations too noisy for that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellplane.config import to_plain
+from cellplane.data.files import file_sha256
+from cellplane.data.sources import AnnData, column, read_h5ad
+from cellplane.errors import DataError
+from cellplane.pipelines.job import MODEL_ROW
+from cellplane.pipelines.perturbation_config import PerturbationConfig
+from cellplane.pipelines.perturbation_evaluation import cases_of
+from cellplane.pipelines.perturbation_scores import MEASURES, Case, summary
+from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Place
+from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, check_protocol, finish, out_of, quiet
+from cellplane.pipelines.task_protocols import PerturbationProtocol, ScreenData
+
+CEILING = "split-half ceiling"
+ROWS = {  # as `perturbation_evaluation` calls them -> as a table does
+    "model": Method(MODEL_ROW, "model"),
+    "network_alone": Method("network alone", "control"),
+    "target_only": Method("target_only", "baseline"),
+    "mean_of_others": Method("mean_of_others", "baseline"),
+    "no_change": Method("no_change", "baseline"),
+}
+SHOWN = (*MEASURES, "discrimination", "of_ceiling")
+
+
+class Round:
+    """One seed's split of a data set: everything is fitted when the first of its rows is asked for."""
+
+    def __init__(self, data: AnnData, asked: ScreenData, seed: int) -> None:
+        self.data, self.asked, self.seed = data, asked, seed
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Every perturbation as predicted by models that never saw it."""
+        recipe: PerturbationConfig = self.asked.recipe.model_copy(update={"seed": self.asked.recipe.seed + self.seed})
+        return list(cases_of(self.data, recipe, self.asked.leave_out))
+
+    def row(self, name: str, apart: bool) -> Found:
+        """The scores of a method over the perturbations of one table."""
+        found = self.summary(apart)
+        row = found[name]
+        told = {key: row[key] for key in ("interval", "by_perturbation")}
+        return Found({key: float(row[key]) for key in SHOWN}, {**told, "unreliable": found["unreliable"]})
+
+    def ceiling(self, apart: bool) -> Found:
+        """What a perfect prediction would score."""
+        found = self.summary(apart)
+        return Found({"pearson": float(found["ceiling"])}, {"reliability": found["reliability"]})
+
+    def summary(self, apart: bool) -> Mapping[str, Any]:
+        """`perturbation_scores.summary` of the perturbations of one table."""
+        mine = [case for case in self.cases if (case.name.split(" in ")[0] in self.asked.apart) == apart]
+        if not mine:
+            listed = ", ".join(sorted(case.name for case in self.cases))
+            raise DataError(f"apart: {', '.join(self.asked.apart)} leaves an empty table; enough cells have {listed}: name some of these")
+        return summary(mine, self.seed)
+
+
+def run_perturbation_protocol(config: PerturbationProtocol, say: Say = quiet) -> Finished:
+    """Every data set, seed and method that the ledger does not know yet, and the report of all."""
+    check_protocol(config)
+    ledgers = Ledgers(out_of(config, config.task))
+    entries: list[Entry] = []
+    notes: list[str] = []
+    for name, asked in config.data.items():
+        found = _entries(name, asked, config.seeds, (ledgers, say))
+        entries += found
+        notes += _notes(name, found)
+    evaluation = Evaluation(config.task, "pearson", tuple(entries), (), tuple(notes), ("mse",))
+    return finish(evaluation, config, "Perturbations that were never seen, beside what needs no network")
+
+
+def _entries(name: str, asked: ScreenData, seeds: Sequence[int], to: tuple[Ledgers, Say]) -> list[Entry]:
+    ledgers, say = to
+    plain = {key: value for key, value in to_plain(asked).items() if key != "path"}
+    ledger = ledgers.of("perturb", plain, file_sha256(Path(asked.path)))
+    data = read_h5ad(Path(asked.path))
+    if absent := sorted(set(asked.apart) - set(map(str, column(data, asked.recipe.perturbation_key)))):
+        raise DataError(f"{name}: apart names {absent[0]}, which is not in obs[{asked.recipe.perturbation_key!r}]; name one that is there")
+    entries = []
+    for seed in seeds:
+        one = Round(data, asked, seed)
+        for apart in (False, True) if asked.apart else (False,):
+            place = Place(name, f"{asked.leave_out.replace('_', ' ')} left out{', apart' * apart}", 0, seed)
+            methods = {row: partial(one.row, key, apart) for key, row in ROWS.items()}
+            for row, work in {**methods, Method(CEILING, "ceiling"): partial(one.ceiling, apart)}.items():
+                known = ledger.find(place, row.name) is not None
+                entry = ledger.measured(place, row, work)
+                entries.append(entry)
+                if not known:
+                    say(f"{name} {place.protocol} seed {seed}: {row.name}  pearson {entry.metrics['pearson']:.3f}  {entry.seconds:.0f} s")
+    return entries
+
+
+def _notes(name: str, found: Sequence[Entry]) -> list[str]:
+    """Perturbations that are too noisy to be predicted, and what the score is spread over."""
+    ours = [entry for entry in found if entry.method.name == MODEL_ROW]
+    noisy = sorted({one for entry in ours for one in entry.details["unreliable"]})
+    lines = [f"{name}: left out of the means, for their split-half correlation is below .3: {', '.join(noisy) or 'none'}"]
+    for entry in ours[:1]:
+        low, high = entry.details["interval"]
+        scores = ", ".join(f"{one} {value:.2f}" for one, value in entry.details["by_perturbation"].items())
+        lines.append(f"{name}, seed {entry.place.seed}: 95 % interval over perturbations [{low:.3f}, {high:.3f}]; {scores}")
+    lines.append(f"{name}: the spread is over seeds of the three-way split of the controls, and of the network")
+    seconds = [entry.seconds for entry in ours if not entry.place.protocol.endswith("apart")]
+    return [*lines, f"{name}: all fits of a seed took {np.mean(seconds):.0f} s"]

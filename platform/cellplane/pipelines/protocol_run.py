@@ -1,0 +1,113 @@
+"""What the full protocols share: reading data sets and bases, ledgers by what decides the scores, and the report at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellplane.artifact.folder import ModelFolder, load_model
+from cellplane.config import fingerprint, home, to_plain
+from cellplane.data.files import file_sha256
+from cellplane.data.inputs import SOURCE_DIGITS, source_sha256
+from cellplane.data.sources import AnnData, column, read_h5ad
+from cellplane.errors import ConfigError, DataError
+from cellplane.pipelines.evaluation_report import Report, log_evaluation, write_report
+from cellplane.pipelines.protocol import Evaluation, Ledger
+from cellplane.pipelines.protocol_config import EvaluatedData, Protocol
+from cellplane.tracking.registry import resolve_model
+
+Say = Callable[[str], None]  # a line for whoever waits
+ENTRIES = "entries.jsonl"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A written evaluation; ``run_id`` is None when no tracker answered."""
+
+    evaluation: Evaluation
+    report: Report
+    run_id: str | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set of a protocol as it was found: cells, bases by name, and a checksum of all that decides scores on it."""
+
+    cells: AnnData
+    bases: Mapping[str, ModelFolder]
+    identity: str
+
+
+class Ledgers:
+    """One file of entries; each question has a ledger of what was measured under exactly its settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ENTRIES
+        self._known: dict[str, Ledger] = {}
+
+    def of(self, *decisive: Any) -> Ledger:
+        """The ledger for these JSON-ready settings."""
+        identity = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        if identity not in self._known:
+            self._known[identity] = Ledger(self.path, identity)
+        return self._known[identity]
+
+
+def quiet(line: str) -> None:
+    """The Say that tells nobody."""
+
+
+def out_of(config: Protocol, task: str) -> Path:
+    """The folder of an evaluation."""
+    return Path(config.out) if config.out else home() / "evaluations" / task
+
+
+def check_protocol(config: Protocol) -> None:
+    """ConfigError for no data set, one without a name, or a file that is not there; before any work begins."""
+    if not config.data:
+        raise ConfigError("no data set is named: give one with -o data.NAME.path=FILE.h5ad, or list them in the file")
+    for name, asked in config.data.items():
+        if not Path(asked.path).is_file():
+            raise ConfigError(f"data.{name}.path: no file {asked.path!r}; name it with -o data.{name}.path=FILE.h5ad")
+
+
+def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: str | None) -> Opened:
+    """A data set with its base models. Raises DataError for a missing batch column or coordinates, and what loading raises."""
+    path = Path(asked.path)
+    cells = read_h5ad(path)
+    key = asked.keys.spatial_key
+    if key is not None and key not in cells.obsm:
+        raise DataError(f"{name}: there is no obsm[{key!r}]; name the entry of the coordinates with -o data.{name}.keys.spatial_key=...")
+    if asked.keys.batch_key is not None:
+        column(cells, asked.keys.batch_key)
+    loaded = {label: load_model(resolve_model(source, uri, home() / "cache").path) for label, source in bases.items()}
+    plain = {key: value for key, value in to_plain(asked).items() if key not in ("path", "bases")}
+    identity = hashlib.sha256(json.dumps([plain, file_sha256(path)], sort_keys=True).encode()).hexdigest()
+    return Opened(cells, loaded, identity)
+
+
+def seen(base: ModelFolder, path: Path) -> bool | None:
+    """Whether the base was pre-trained on this file, by its checksum; None when the model does not say what it saw."""
+    known = base.lineage.get("sources")
+    return None if known is None else source_sha256(path, False)[:SOURCE_DIGITS] in known.split()
+
+
+def base_notes(name: str, asked: EvaluatedData, bases: Mapping[str, ModelFolder]) -> list[str]:
+    """One line for each base: whether it had seen the cells; such a row is no zero-shot row."""
+    words = {
+        True: "SEEN IN PRE-TRAINING: self-supervised on the same cells, not zero-shot",
+        False: "not among the files it was pre-trained on",
+        None: "the model does not say which files it was pre-trained on",
+    }
+    return [f"{name}, base {label} ({base.model_sha256[:12]}): {words[seen(base, Path(asked.path))]}" for label, base in bases.items()]
+
+
+def finish(evaluation: Evaluation, config: Protocol, title: str) -> Finished:
+    """Writes the report and tells the tracker."""
+    out = out_of(config, evaluation.task)
+    report = write_report(evaluation, out, title)
+    return Finished(evaluation, report, log_evaluation(evaluation, out, fingerprint(config), to_plain(config), config.tracking_uri))

@@ -1,0 +1,94 @@
+"""What the full protocols of denoising, imputation and perturbation are told: data sets, recipes, seeds."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cellplane.config import Config
+from cellplane.data.config import DataKeys
+from cellplane.pipelines.config import DenoisingConfig
+from cellplane.pipelines.imputation_config import ImputationConfig
+from cellplane.pipelines.perturbation_config import PerturbationConfig
+from cellplane.pipelines.protocol_config import Protocol
+
+NO_BASES = "this protocol fits from scratch and takes no bases; leave them out"
+STRIP_UM = 50.0  # between the halves of one tissue (PROTOCOLS 6)
+
+
+class DenoisingProtocol(Protocol):
+    """Denoising by masking and by count splitting, beside tuned baselines; labels are not read."""
+
+    task: Literal["denoise"] = "denoise"
+    """What is scored."""
+    recipe: DenoisingConfig = DenoisingConfig()
+    """Ours, fitted anew to the thinned cells for every seed; its seed and keys are filled in."""
+
+    @model_validator(mode="after")
+    def _from_scratch(self) -> Self:
+        if self.bases or any(asked.bases for asked in self.data.values()):
+            raise ValueError(f"{NO_BASES}, and score a base model with: cellplane evaluate denoise --model BASE --refit")
+        return self
+
+
+class ImputedData(Config):
+    """A spatial data set whose genes are hidden in folds, and the reference that they are imputed from."""
+
+    path: str
+    """h5ad of the spatial cells."""
+    reference: str | None = None
+    """h5ad of the single-cell reference; None: the left half of the tissue is the reference of the right one."""
+    keys: DataKeys = DataKeys(spatial_key="spatial")
+    """Where counts and coordinates of the spatial cells lie."""
+    reference_keys: DataKeys = DataKeys()
+    """Where the counts of the reference lie."""
+    strip_um: float = Field(STRIP_UM, ge=0)
+    """Width of the strip between the halves whose cells are left out, in units of the coordinates."""
+
+
+class ImputationProtocol(Protocol):
+    """Imputation of shared genes, hidden from the query in folds, beside tuned baselines; labels are not read."""
+
+    task: Literal["impute"] = "impute"
+    """What is scored."""
+    data: dict[str, ImputedData] = {}  # type: ignore[assignment]
+    """Data sets by name."""
+    gene_folds: int = Field(5, ge=2)
+    """Parts of the shared genes, each hidden from the query once a seed."""
+    recipe: ImputationConfig = ImputationConfig()
+    """Ours; its keys, genes and seed are filled in."""
+
+    @model_validator(mode="after")
+    def _from_scratch(self) -> Self:
+        if self.bases:
+            raise ValueError(NO_BASES)
+        return self
+
+
+class ScreenData(Config):
+    """A perturbation data set, and what is left out of training in turn."""
+
+    path: str
+    """h5ad of control and perturbed cells."""
+    leave_out: Literal["perturbation", "cell_type"] = "perturbation"
+    """Each perturbation, with combinations that hold it, or the perturbed cells of each cell type."""
+    apart: tuple[str, ...] = ()
+    """Perturbations that are told in a table of their own, such as enhancers, which are no genes."""
+    recipe: PerturbationConfig = PerturbationConfig()
+    """Ours, with the keys of this data set; its seed is filled in."""
+
+
+class PerturbationProtocol(Protocol):
+    """Perturbations that were never seen, beside what needs no network, from controls that the truth does not use."""
+
+    task: Literal["perturb"] = "perturb"
+    """What is scored."""
+    data: dict[str, ScreenData] = {}  # type: ignore[assignment]
+    """Data sets by name."""
+
+    @model_validator(mode="after")
+    def _from_scratch(self) -> Self:
+        if self.bases:
+            raise ValueError(NO_BASES)
+        return self

@@ -1,0 +1,101 @@
+"""Should I use it on my data? Hide a part of it, let the model and tuned simple methods answer, say who was better.
+
+What was measured is kept line by line, so a trial that was killed goes on; the answer of the winner is written whole or not
+at all. The user's file is never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellplane.config import fingerprint
+from cellplane.data.inputs import source_sha256
+from cellplane.data.sources import read_h5ad, write_h5ad
+from cellplane.errors import DataError
+from cellplane.pipelines.evaluation_report import LEGEND, sections
+from cellplane.pipelines.pages import paragraph, write_page
+from cellplane.pipelines.protocol import Ledger
+from cellplane.pipelines.try_annotation import ANNOTATE
+from cellplane.pipelines.try_config import TryConfig
+from cellplane.pipelines.try_denoising import DENOISE
+from cellplane.pipelines.try_imputation import IMPUTE
+from cellplane.pipelines.try_parts import Bench, Say, Task, Tried
+from cellplane.pipelines.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+TASKS: Mapping[str, Task] = {"annotate": ANNOTATE, "impute": IMPUTE, "denoise": DENOISE}
+NO_SEED = (
+    "The interval comes from drawing the hidden units again (paired bootstrap, 95 %). It does not cover what another seed of the "
+    "network or other samples would change: repeat with --seed 1 before a small lead decides anything."
+)
+
+
+@dataclass(frozen=True)
+class TryReport:
+    """The verdict, the page about it, and with --auto the file of the answer (None: nothing to answer) and what it holds."""
+
+    verdict: Verdict
+    page: Path
+    answer: Path | None = None
+    told: str = ""
+
+
+def run_try(config: TryConfig, say: Say | None = None) -> TryReport:
+    """Tries a task on the user's file; ``say`` hears what goes on. Raises ConfigError and DataError before any fit."""
+    tell = say or log.info
+    config.check()
+    task = TASKS[str(getattr(config, "task", ""))]
+    identity = _identity(config)
+    bench = Bench(Ledger(config.folder / "measured.jsonl", identity), tell, config.folder / "pictures")
+    tried = task.measure(config, bench)
+    page = write_try_page(config, tried)
+    if not config.auto:
+        return TryReport(tried.verdict, page)
+    answer, told = _answer(config, task, tried.verdict.winner, identity)
+    return TryReport(tried.verdict, page, answer, told)
+
+
+def write_try_page(config: TryConfig, tried: Tried) -> Path:
+    """report.html: the verdict on top, what it rests on below."""
+    body = [paragraph(tried.verdict.text, "verdict"), paragraph(NO_SEED), paragraph(LEGEND), *sections(tried.evaluation)]
+    return write_page(config.folder / "report.html", f"Try {tried.evaluation.task}: {Path(config.data).name}", body)
+
+
+def _answer(config: TryConfig, task: Task, winner: str, identity: str) -> tuple[Path | None, str]:
+    """The winner's answer, written now or by an earlier run of the same trial."""
+    path = config.answer
+    if (told := _answered(path, identity, winner)) is not None:
+        return path, f"{told} (written before)"
+    found, told = task.answer(config, winner)
+    if found is None:
+        return None, told
+    found.uns["auto"] = {"identity": identity, "winner": winner, "told": told}
+    write_h5ad(found, path)
+    return path, told
+
+
+def _answered(path: Path, identity: str, winner: str) -> str | None:
+    """What the answer of this very trial says of itself; None when there is none."""
+    if not path.is_file():
+        return None
+    try:
+        known = read_h5ad(path, backed=True)
+    except DataError:
+        return None
+    try:
+        auto = known.uns.get("auto", {})
+        return str(auto["told"]) if (auto.get("identity"), auto.get("winner")) == (identity, winner) else None
+    finally:
+        known.file.close()
+
+
+def _identity(config: TryConfig) -> str:
+    """All that decides the scores: the settings and the bytes of the files."""
+    settings = fingerprint(config.model_copy(update={"data": "", "reference": None, "out": None, "auto": False, "tracking_uri": None}))
+    files = [source_sha256(Path(path), False) for path in (config.data, config.reference) if path]
+    return hashlib.sha256(" ".join([settings, *files]).encode()).hexdigest()

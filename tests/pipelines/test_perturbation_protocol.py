@@ -1,0 +1,59 @@
+"""The perturbation protocol shows ours beside what needs no network, a ceiling, and some perturbations apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cellplane.data.config import KnockoutConfig, SimulateConfig
+from cellplane.data.simulate import simulate
+from cellplane.data.sources import write_h5ad
+from cellplane.errors import DataError
+from cellplane.pipelines.perturbation_protocol import CEILING, run_perturbation_protocol
+from cellplane.pipelines.task_protocols import PerturbationProtocol
+from tests.pipelines.conftest import NOBODY
+from tests.pipelines.test_perturbation import SHORT
+
+
+@pytest.fixture(scope="module")
+def names_and_path(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The perturbations of a screen, and its file."""
+    knockouts = KnockoutConfig(n_genes=4, n_pairs=0, effect_sigma=1.0)
+    screen = simulate(
+        SimulateConfig(n_cells=500, n_genes=40, n_types=1, n_batches=2, knockouts=knockouts, mean_counts=400, dropout_rate=0.0)
+    )
+    path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
+    write_h5ad(screen, path)
+    return sorted(set(map(str, screen.obs["perturbation"])) - {"control"}), path
+
+
+def configured(path: Path, out: Path, apart: list[str]) -> PerturbationProtocol:
+    data = {"screen": {"path": str(path), "apart": apart, "recipe": SHORT}}
+    return PerturbationProtocol.model_validate({"data": data, "seeds": [0], "out": str(out)})
+
+
+def test_every_perturbation_is_left_out_and_those_apart_have_their_own_table(names_and_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    names, path = names_and_path
+    lines: list[str] = []
+    config = configured(path, tmp_path, names[:1])
+    evaluation = run_perturbation_protocol(config, lines.append).evaluation
+    together, apart = evaluation.tables()
+    assert (together[1], apart[1]) == ("perturbation left out", "perturbation left out, apart")
+    rows = {row.method.name: row for row in evaluation.rows(*together)}
+    assert rows.keys() == {"cellplm", "network alone", "target_only", "mean_of_others", "no_change", CEILING}
+    assert rows["no_change"].mean("pearson") == 0
+    assert rows[CEILING].mean("pearson") > rows["mean_of_others"].mean("pearson")
+    ours = {entry.place.protocol: set(entry.details["by_perturbation"]) for entry in evaluation.entries if entry.method.name == "cellplm"}
+    assert ours[apart[1]] == {names[0]}
+    assert ours[together[1]] <= set(names[1:])
+    assert len(lines) == 2 * len(rows)
+    again: list[str] = []
+    run_perturbation_protocol(config, again.append)
+    assert again == []
+
+
+def test_a_name_that_is_not_there_cannot_be_told_apart(names_and_path, tmp_path):
+    with pytest.raises(DataError, match="name one that is there"):
+        run_perturbation_protocol(configured(names_and_path[1], tmp_path, ["nobody"]))
