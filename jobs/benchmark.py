@@ -1,4 +1,4 @@
-"""Side-by-side measurements: `python -m jobs.benchmark model | peers | data | train | neighbours`. JSON lines, then a table."""
+"""Side-by-side measurements: `python -m jobs.benchmark model | peers | data | train | ...`. JSON lines, then a table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import logging
 import sys
 from pathlib import Path
 
-from cellplane.benchmark import data, model, neighbours, peers, report, train
+from cellplane.benchmark import data, model, neighbours, peers, predict, report, serve, train
 from cellplane.errors import CellplaneError
 
-PARTS = {"model": model.PARTS, "peers": {}, "data": data.PARTS, "train": train.PARTS, "neighbours": {}}
-SIZES, UNKNOWN = {"cells", "nonzeros", "threads", "rounds"}, {"train": "cells", "neighbours": "nonzeros"}  # not taken there
+MEASURES = (data, model, peers, predict, serve, train, neighbours)
+PARTS = {part.__name__.rpartition(".")[2]: getattr(part, "PARTS", {}) for part in MEASURES}
+KINDS = (data.DataBenchmark, model.ModelBenchmark, peers.PeersBenchmark, predict.PredictBenchmark)
+KINDS = (*KINDS, serve.ServeBenchmark, train.TrainBenchmark, neighbours.NeighboursBenchmark)
 
 
 def arguments() -> argparse.Namespace:
@@ -22,6 +24,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nonzeros", type=int, help="non-zero counts of each cell; default: 2000; data, train: 1350")
     parser.add_argument("--threads", type=int, help="default: 2; data: 1, as in a Ray Train worker of one CPU")
     parser.add_argument("--rounds", type=int, help="quiet rounds, the sides in turn in each; default: 5")
+    parser.add_argument("--requests", type=int, help="serve: under load; default: 500, the gate asks 10000")
+    parser.add_argument("--seconds", type=int, help="serve: of overload; default: 5, the gate asks 60")
     parser.add_argument("--only", nargs="+", default=(), help="these parts alone; a wrong one is told which there are")
     parser.add_argument("--models", nargs="+", default=(), help="train: these models alone (tiny, 10m, 85m)")
     parser.add_argument("--python", type=Path, help="model, peers: the other packages' Python; default: an environment is made for them")
@@ -35,18 +39,13 @@ def main() -> int:
     """Measures and prints; 1 when a gate does not hold, else what the error says."""
     given = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    sizes = {name: size for name in SIZES - {UNKNOWN.get(given.what)} if (size := getattr(given, name)) is not None}
-    makers = {
-        "model": lambda: model.ModelBenchmark(**sizes, original_python=given.python, only=tuple(given.only)),
-        "peers": lambda: peers.PeersBenchmark(**sizes, python=given.python),
-        "data": lambda: data.DataBenchmark(**sizes, only=tuple(given.only)),
-        "train": lambda: train.TrainBenchmark(**sizes, only=tuple(given.only), models=tuple(given.models)),
-        "neighbours": lambda: neighbours.NeighboursBenchmark(**sizes),
-    }
+    kind = dict(zip(PARTS, KINDS, strict=True))[given.what]
+    asked = {**vars(given), "original_python": given.python, "only": tuple(given.only), "models": tuple(given.models)}
+    taken = {name: value for name, value in asked.items() if value and name in kind.__dataclass_fields__}
     figures = []
     try:
         print(report.machine(), flush=True)
-        for figure in makers[given.what]().run():
+        for figure in kind(**taken).run():
             print(figure.line(), flush=True)
             figures.append(figure)
     except CellplaneError as error:

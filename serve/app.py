@@ -38,7 +38,7 @@ from .native import NativePaths
 from .router import REGISTERED, get_router, start_router, told
 from .routes import Table
 from .security import LOOPBACK, ApiKeys
-from .stage import MODEL, POLL_S, application_name, lifetimes, wait_until_running
+from .stage import MODEL, POLL_S, VERSION_APPLICATION, application_name, lifetimes, wait_until_running
 
 log = logging.getLogger(__name__)
 
@@ -167,13 +167,10 @@ def undeploy(name: str | None = None) -> None:
     if name is not None:
         told(get_router().remove.remote(name), None)
         return
-    ours = [APP]
-    with suppress(ServiceError, RayError):  # a router that is gone owns nothing
-        router = get_router()
-        ours += [application_name(model, label) for model, label in told(router.applications.remote(), TABLE_WAIT_S)]
-        ray.kill(router)
-    for application in ours:
-        if application in serve.status().applications:
+    with suppress(ServiceError, RayError):  # it may be gone already
+        ray.kill(get_router())
+    for application in serve.status().applications:
+        if application == APP or VERSION_APPLICATION.match(application):
             serve.delete(application)
     if not serve.status().applications:
         serve.shutdown()

@@ -77,4 +77,5 @@ class ServeConfig(Config):
             max_genes=self.max_genes,
             request_timeout_s=self.request_timeout_s,
             requests_per_minute=self.requests_per_minute,
+            max_in_flight=self.replicas * self.max_ongoing_requests + self.max_queued_requests,
         )

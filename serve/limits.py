@@ -12,7 +12,8 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -48,7 +49,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most one request may bring: bytes as sent, bytes after decompression, cells, genes, seconds."""
+    """The most one request may bring: bytes as sent, bytes after decompression, cells, genes, seconds; and requests at once."""
 
     max_body_bytes: int = 64 * MIB
     max_json_bytes: int = 16 * MIB
@@ -57,6 +58,7 @@ class Limits:
     max_genes: int = 100_000
     request_timeout_s: float = 60.0
     requests_per_minute: int | None = None
+    max_in_flight: int | None = None
 
     def body_bytes(self, content_type: str) -> int:
         """Bytes a body of this type may have: parsed JSON takes tenfold its size, so it may have fewer."""
@@ -109,6 +111,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys | None = None) -> None:
         self.app, self.limits, self.keys = app, limits, keys
+        self._in_flight = 0
         self.rate = None if limits.requests_per_minute is None else Rate(limits.requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +129,8 @@ class Guard:
                 await answer.error(429, message, {"retry-after": str(wait_s)})
                 return
             async with asyncio.timeout(self.limits.request_timeout_s) as deadline:
-                await self.app(scope, self._counted(receive, content_type_of(headers)), answer.send)
+                with self._place(scope):
+                    await self.app(scope, self._counted(receive, content_type_of(headers)), answer.send)
         except ServiceError as error:
             await answer.error(error.status, error.message)
         except TimeoutError:
@@ -150,6 +154,20 @@ class Guard:
         if not declared.isdecimal() or int(declared[:20]) > self.limits.body_bytes(kind):
             raise self._too_large(kind)
         return holder
+
+    @contextmanager
+    def _place(self, scope: Scope) -> Iterator[None]:
+        """One of the places for requests in flight; ServiceError 503 at once, before anything is read, when all are taken."""
+        if scope["method"] != "POST":
+            yield
+            return
+        if self.limits.max_in_flight is not None and self._in_flight >= self.limits.max_in_flight:
+            raise refuse(503, "as many requests as can wait are waiting; try again soon")
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
 
     def _counted(self, receive: Receive, kind: str) -> Receive:
         limit, seen = self.limits.body_bytes(kind), 0

@@ -7,7 +7,7 @@ native JSON body's. ``params`` may name the ``model`` (needed when several are s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -94,4 +94,8 @@ def _records(records: list[dict[str, float]]) -> tuple[list[str], Columns]:
     return genes, {"gene": (lengths, gene), "count": (lengths, count)}
 
 
-FORMS = {"dataframe_split": _split, "dataframe_records": _records, "inputs": columns_of}
+FORMS: dict[str, Callable[[Any], tuple[list[str], Columns]]] = {
+    "dataframe_split": _split,
+    "dataframe_records": _records,
+    "inputs": columns_of,
+}

@@ -270,7 +270,7 @@ def _shaped(tensor: RequestInput, values: NDArray[Any]) -> NDArray[Any]:
 def _columns(tensors: Mapping[str, NDArray[Any]]) -> tuple[list[str], Columns]:
     if "genes" not in tensors:
         raise refuse(422, "input 'genes' is missing; name the genes, BYTES [genes]")
-    genes, columns = [str(gene) for gene in tensors["genes"]], {}
+    genes, columns = [str(gene) for gene in tensors["genes"]], Columns()
     sparse = [name for name in ("indptr", "indices", "data") if name in tensors]
     if "counts" in tensors and not sparse:
         cells, width = tensors["counts"].shape

@@ -146,5 +146,5 @@ def load_warm(folder: Path) -> Predictor:
         panel=np.ones(len(predictor.folder.vocabulary), dtype=bool),
     )
     if not np.isfinite(predictor.embed(memory_store(table, 2))).all():
-        raise IntegrityError(f"the model in {folder} gives NaN or infinite values on plain counts; it must not be served")
+        raise IntegrityError("the model gives NaN or infinite values on plain counts; it must not be served")
     return predictor

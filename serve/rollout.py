@@ -131,7 +131,8 @@ class Rollouts:
             self.stage.start(model, version)
             checked = self.stage.check(model, version)
         except CellplaneError as error:
-            self._note(model, replace(version, state="failed", reason=str(error)))
+            reason = str(error).replace(version.path, "its folder")  # callers are told, and paths are none of their business
+            self._note(model, replace(version, state="failed", reason=reason))
             log.error("version %s of model %s is not used: %s", version.label, model, error)
             self.stage.stop(model, version)
             raise

@@ -22,12 +22,12 @@ from ray.exceptions import RayTaskError
 
 from cellplane.artifact.folder import verify_model
 from cellplane.config import home
-from cellplane.errors import CellplaneError, ConfigError, ServiceError
+from cellplane.errors import CellplaneError, ConfigError, ServiceError, StorageError
 from cellplane.processes import write_private
 from cellplane.tracking.registry import aliases_of, resolve_model, tag_version
 
 from .deployment import ServeConfig
-from .rollout import Rollouts
+from .rollout import Rollouts, Stage
 from .routes import CHALLENGER, CHAMPION, PREVIOUS, Table, Version
 from .stage import ServeStage
 
@@ -53,13 +53,13 @@ class Handled:
 class Router:
     """Answers calls in threads; `put` takes as long as a version takes to start, everything else no time."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, stage: Stage | None = None) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._state, self._cache, self._changed = folder / "routes.json", cache, threading.Condition()
         self._configs: dict[str, ServeConfig] = {}
         self._busy: dict[str, threading.Lock] = {}
         self._handled: dict[str, Handled] = {}
-        self._rollouts = Rollouts(ServeStage(lambda name: self._configs[name]), self._publish, self._first_table())
+        self._rollouts = Rollouts(stage or ServeStage(lambda name: self._configs[name]), self._publish, self._first_table())
         threading.Thread(target=self._follow, daemon=True).start()
 
     def put(self, config: ServeConfig) -> str:
@@ -95,11 +95,6 @@ class Router:
         self._rollouts.remove(name)
         self._configs.pop(name, None)
         self._save()
-
-    def applications(self) -> list[tuple[str, str]]:
-        """(name, label) of every version that has an application."""
-        models = self.table().models
-        return [(name, label) for name, model in models.items() for label in model.versions]
 
     def _restore(self, name: str, before: ServeConfig | None) -> None:
         """After a failure: the configuration of before, and no trace of a model that never answered."""
@@ -182,8 +177,12 @@ class Router:
             time.sleep(min((config.registry_poll_s for config in self._configs.values()), default=IDLE_S))
             for config in list(self._configs.values()):
                 name, _ = _followed(config)
-                if name is not None:
+                if name is None:
+                    continue
+                try:
                     self._look(config, name)
+                except CellplaneError as error:  # of one model, at one time: the next look may do better
+                    log.error("model %s stays as it is: %s", config.name, error)
 
     def _look(self, config: ServeConfig, registered: str) -> None:
         """Follow one model: at once where the versions run, else in a thread, one at a time."""
@@ -228,17 +227,21 @@ class Router:
 
     def _publish(self, table: Table) -> None:
         with self._changed:
-            self._save(table)
             self._changed.notify_all()
+            self._save(table)
 
     def _save(self, table: Table | None = None) -> None:
+        """Write down what a restart needs; a full disk must not keep a version from being rolled back."""
         with self._changed:
             configs = {name: config.model_dump(mode="json") for name, config in self._configs.items()}
-            write_private(self._state, json.dumps({"table": (table or self.table()).to_json(), "configs": configs}))
+            try:
+                write_private(self._state, json.dumps({"table": (table or self.table()).to_json(), "configs": configs}))
+            except StorageError as error:
+                log.error("a router that restarts would not know what is served: %s", error)
 
     def _first_table(self) -> Table:
         """Empty; or, when this actor died and came back, the table of before without what was only starting."""
-        if not ray.get_runtime_context().was_current_actor_reconstructed or not self._state.is_file():
+        if not _came_back() or not self._state.is_file():
             return Table(epoch=time.time_ns())  # newer than whatever an ingress may have kept of an earlier router
         plain = json.loads(self._state.read_text(encoding="utf-8"))
         self._configs = {name: ServeConfig.model_validate(config) for name, config in plain["configs"].items()}
@@ -248,6 +251,11 @@ class Router:
             started = {label: version for label, version in model.versions.items() if version.state != "starting"}
             table = table.with_model(replace(model, versions=started))
         return table
+
+
+def _came_back() -> bool:
+    """Whether this process is an actor that Ray started again."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def get_router() -> Any:

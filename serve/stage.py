@@ -6,6 +6,7 @@ A version that does not come up costs the others nothing: it is another applicat
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cellplane.errors import CellplaneError, IntegrityError, ServiceError
 
 from .deployment import ServeConfig
 from .replica import ModelReplica
-from .routes import Version
+from .routes import LABEL, NAME, Version
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ START_ATTEMPTS = 2  # a damaged model fails every time: say so soon
 HEALTH_CHECK_S = 2.0  # how soon a dead replica is noticed and replaced
 DRAIN_S = 1.0  # until every ingress has the table without a version that goes
 POLL_S = 0.1
+VERSION_APPLICATION = re.compile(rf"^{NAME}--v(?:{LABEL})$")  # whatever `application_name` gives
 
 
 def application_name(model: str, label: str) -> str:

@@ -17,7 +17,7 @@ from cellplane.artifact.judgement import UNKNOWN
 from cellplane.cells import CellBatch
 from cellplane.data.sentences import MemoryStore, SentenceStore
 from cellplane.errors import ConfigError
-from cellplane.inference import RATES_PER, Predictor, batches_of, decoded_in
+from cellplane.inference import RATES_PER, BatchedStore, Predictor, batches_of, decoded_in
 
 from .codec import Cells
 from .limits import refuse
@@ -123,7 +123,7 @@ def prepare(predictor: Predictor, store: MemoryStore, question: Question) -> tup
     own = [names.get(str(name), -1) for name in store.table.batch] if store.table.batch is not None else [-1] * store.table.n_cells
     known = CellsOfBatches(store.table, store.sentences, np.array(own, dtype=np.int64))
     try:
-        batches = decoded_in(predictor.folder, known, question.options.target_batch)
+        batches = decoded_in(predictor.folder, BatchedStore(store, known.batch_index), question.options.target_batch)
     except ConfigError as error:
         raise refuse(422, str(error)) from error
     return known, Computation(question.task, batches)

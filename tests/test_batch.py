@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,32 @@ def test_an_answer_of_another_kind_is_not_taken_for_done(ray_cluster, model, inp
     report = predict_files(config_for(model, [source], out, other))
     assert [path.name for path in report.written] == ["one.h5ad"]
     assert not report.reused
+
+
+@pytest.mark.parametrize("context", ["own", "self", "section"])
+def test_the_context_that_is_asked_for_is_the_estimators(model, tmp_path, context):
+    write_h5ad(simulate(SimulateConfig(n_cells=50, n_genes=40, n_types=3, spatial=True)), tmp_path / "in.h5ad")
+    keys = KEYS.model_copy(update={"spatial_key": "spatial"})
+    predict_file("annotate", model, keys, (tmp_path / "in.h5ad", tmp_path / "out.h5ad"), context)
+    pipeline = CellTypeAnnotationPipeline.load(model)
+    pipeline.config = pipeline.config.model_copy(update={"keys": keys})
+    found = read_h5ad(tmp_path / "out.h5ad")
+    assert found.uns["cellplm"]["context"].startswith(context)
+    expected = pipeline.predict_proba(read_h5ad(tmp_path / "in.h5ad"), context=context)
+    np.testing.assert_allclose(found.obsm["cellplm_cell_type_proba"], expected, atol=1e-6)
+
+
+def test_a_file_of_an_old_version_is_answered_in_the_present_form(model, tmp_path):
+    adata = simulate(SimulateConfig(n_cells=30, n_genes=40, n_types=3))
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:  # as anndata 0.6 wrote: tables of compound type, no encodings
+        file["X"] = adata.X.toarray()
+        for name, names in (("obs", adata.obs_names), ("var", adata.var_names)):
+            file[name] = np.array(list(zip(names, range(len(names)), strict=True)), [("index", h5py.string_dtype()), ("n", "i4")])
+    assert predict_file("embed", model, KEYS, (tmp_path / "old.h5ad", tmp_path / "out.h5ad")) == 30
+    latent = CellEmbeddingPipeline(model, KEYS).predict(adata)
+    found = read_h5ad(tmp_path / "out.h5ad")
+    assert found.obsm["X_cellplm"].shape == latent.shape
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.h5ad", "out.h5ad"]
 
 
 def test_the_input_is_never_overwritten(model, inputs, tmp_path):

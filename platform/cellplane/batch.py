@@ -1,42 +1,49 @@
 """Batch inference: the predictor over files, as Ray Data tasks, exactly once and resumable.
 
-Each input becomes one output of the same name, written beside its target and renamed, so a file that is there is
-whole. A second run does only what is missing: an answer counts as done when this model gave it to this task and the
-input has not been written since. A damaged model or an unreadable input names the file and keeps the rest.
+Each input becomes one output of the same name, in memory that does not grow with its cells; it is written beside its
+target and renamed, so a file that is there is whole. A second run does only what is missing: an answer counts as done when
+this model gave it to this task and the input has not been written since. A damaged model or an unreadable input names the
+file and keeps the rest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
+
 from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
+from cellplane.data.answers import answered_copy, takes_answers
+from cellplane.data.company import Context, store_in
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
 from cellplane.data.inputs import check_answers
-from cellplane.data.sentences import CellTable
-from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
+from cellplane.data.sources import CellReader, check_h5ad, read_h5ad, write_h5ad
+from cellplane.data.stored import DiskRows, Stored, store_cells
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
 from cellplane.inference import (
+    RATES_PER,
     TASKS,
+    BatchedStore,
     Predictor,
     answered,
-    denoise,
-    query_keys,
-    read_cells,
+    batches_of,
+    decoded_in,
+    flag_column,
+    known_keys,
     record,
-    write_annotation,
-    write_denoised,
-    write_flags,
 )
 from cellplane.tracking.registry import resolve_model
 
-ANSWERS = {  # what an answer to each task holds, and where
+ANSWERS: dict[str, tuple[Literal["obsm", "layers"], str]] = {  # what an answer to each task holds, and where
     "annotate": ("obsm", "cellplm_cell_type_proba"),
     "embed": ("obsm", "X_cellplm"),
     "denoise": ("layers", "cellplm_denoised"),
@@ -58,6 +65,8 @@ class PredictConfig(Config):
     """Folder of the answers: one h5ad of the same name for each input."""
     keys: DataKeys = DataKeys()
     """Where counts, batches and coordinates lie."""
+    context: Context = "own"
+    """In whose company cells are read: own (those of their batch), section (patches of neighbours) or self (alone)."""
     tracking_uri: str | None = None
     """MLflow server or database, only to find a registered model."""
 
@@ -86,7 +95,7 @@ def predict_files(config: PredictConfig) -> PredictReport:
     out.mkdir(parents=True, exist_ok=True)
     todo = [path for path in inputs if not answered(path, out / path.name, sha256, ANSWERS[config.task])]
     tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
-    settings = {"task": config.task, "keys": config.keys.model_dump_json(), "home": str(home())}
+    settings = {"task": config.task, "context": config.context, "keys": config.keys.model_dump_json(), "home": str(home())}
     with quiet_ray_data():
         rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
     found = {row["input"]: json.loads(row["answer"]) for row in rows}
@@ -118,43 +127,94 @@ def _predict_file(task: dict[str, Any]) -> dict[str, str]:
     os.environ["CELLPLANE_HOME"] = task["home"]
     try:
         keys, paths = DataKeys.model_validate_json(task["keys"]), (Path(task["input"]), Path(task["out"]))
-        cells = predict_file(task["task"], Path(task["model"]), keys, paths)
+        cells = predict_file(task["task"], Path(task["model"]), keys, paths, task["context"])
         error: str | None = None
     except CellplaneError as problem:
         cells, error = 0, str(problem)
     return {"input": task["input"], "answer": json.dumps({"input": task["input"], "out": task["out"], "cells": cells, "error": error})}
 
 
-def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path]) -> int:
-    """Reads ``paths[0]``, writes it with the answer added to ``paths[1]``; the number of cells."""
-    adata, predictor = read_h5ad(paths[0]), Predictor.load(model)
-    keys = query_keys(adata, keys)
-    table, report = ANSWER[task](adata, predictor, keys)
-    write_flags(adata, table)
-    adata.uns["cellplm"] = record(predictor.folder, report)
-    write_h5ad(adata, paths[1])
-    return int(adata.n_obs)
+def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: str = "own") -> int:
+    """Answers ``paths[0]`` in a copy of it at ``paths[1]``; the number of cells.
+
+    Raises what reading the cells raises, naming the file where it is at fault, and StorageError when the disk is full.
+    """
+    source, target = paths
+    predictor = Predictor.load(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    check_h5ad(source)
+    if not takes_answers(source):
+        return _predict_whole(task, model, keys, paths, context)
+    with CellReader(source) as reader:
+        keys = known_keys(keys, reader.obs_columns, reader.obsm_keys)
+    stored = store_cells(source, predictor.vocabulary, keys, target.parent)
+    found = ANSWER[task](predictor, stored, context, target.parent)
+    with answered_copy(source, target) as answers:
+        for name, values in found.columns.items():
+            answers.column(f"cellplm_{name}", values)
+        answers.column("cellplm_flag", flag_column(stored.table))
+        place, name = ANSWERS[task]
+        answers.matrix(place, name, found.rows)
+        answers.note("cellplm", record(predictor.folder, {**stored.report, "context": found.context}))
+    return stored.table.n_cells
 
 
-Answered = tuple[CellTable, Mapping[str, Any]]  # the cells as they were read, and the report of that
+@dataclass(frozen=True)
+class _Found:
+    """What is written into a file: ``columns`` of obs [n], ``rows`` of the answer itself, and the ``context`` of it."""
+
+    columns: Mapping[str, Any]
+    rows: DiskRows
+    context: str
 
 
-def _annotate(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
-    read = read_cells(adata, predictor.vocabulary, keys, predictor.max_cells)
-    write_annotation(adata, predictor.annotate(read.store))
-    return read.store.table, read.report
+def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
+    store, told = store_in(context, stored.table, predictor.max_cells)
+    n, classes = stored.table.n_cells, predictor.folder.classes
+    names = {name: code for code, name in enumerate(classes)}
+    codes, confidence, strange = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
+    proba = DiskRows((n, len(classes)), np.float32, folder)
+    for rows, part in predictor.annotations(store):
+        codes[rows] = [names.setdefault(label, len(names)) for label in part.labels]
+        confidence[rows], proba[rows] = part.confidence, part.proba
+        strange[rows] = 0 if part.unknown_score is None else part.unknown_score
+    others = sorted(set(names) - {*classes})  # unknown, and broader names
+    ordered = [*classes, *others]
+    place = np.array([ordered.index(name) for name in names], dtype=np.int32)
+    labels = pd.Categorical.from_codes(place[codes] if n else codes, categories=pd.Index(ordered))
+    scores = {} if predictor.judgement.rule is None else {"unknown_score": strange}
+    return _Found({"cell_type": labels, "confidence": confidence, **scores}, proba, told)
 
 
-def _embed(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
-    read = read_cells(adata, predictor.vocabulary, keys, predictor.max_cells)
-    adata.obsm["X_cellplm"] = predictor.embed(read.store)
-    return read.store.table, read.report
+def _embed(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
+    store, told = store_in(context, stored.table, predictor.max_cells)
+    latent = DiskRows((stored.table.n_cells, predictor.folder.config.latent_width), np.float32, folder)
+    for rows, z in predictor.embeddings(store):
+        latent[rows] = z
+    return _Found({}, latent, told)
 
 
-def _denoise(adata: AnnData, predictor: Predictor, keys: DataKeys) -> Answered:
-    found = denoise(predictor, adata, keys)
-    write_denoised(adata, found)
-    return found.table, found.report
+def _denoise(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
+    if context != "own":
+        raise ConfigError("denoising reads cells in the context own, with their batch; leave context out")
+    store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells)
+    known = stored.columns >= 0
+    rates = DiskRows((stored.table.n_cells, len(known)), np.float32, folder)
+    for rows, shares in predictor.rates(store, decoded_in(predictor.folder, store, None)):
+        block = np.full((len(rows), len(known)), np.nan, dtype=np.float32)
+        block[:, known] = RATES_PER * shares[:, stored.columns[known]]
+        rates[rows] = block
+    _, told = store_in("own", stored.table, predictor.max_cells)
+    return _Found({"size_factor": stored.table.totals().astype(np.float32)}, rates, told)
 
 
-ANSWER: dict[str, Callable[[AnnData, Predictor, DataKeys], Answered]] = {"annotate": _annotate, "embed": _embed, "denoise": _denoise}
+ANSWER: dict[str, Callable[[Predictor, Stored, str, Path], _Found]] = {"annotate": _annotate, "embed": _embed, "denoise": _denoise}
+
+
+def _predict_whole(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: str) -> int:
+    """A file whose tables are in the form of old versions, in memory: brought into the present form, and answered."""
+    adata = read_h5ad(paths[0])
+    with tempfile.TemporaryDirectory(dir=paths[1].parent, prefix=".cellplane-") as folder:
+        present = Path(folder) / paths[0].name
+        write_h5ad(adata, present)
+        return predict_file(task, model, keys, (present, paths[1]), context)

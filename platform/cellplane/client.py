@@ -45,7 +45,12 @@ REQUEST_COLUMNS: dict[str, pa.DataType] = {
 }
 GENE_IDS, N_ROWS = "gene_ids", "n_rows"  # metadata keys of a request; an answer has N_ROWS too
 
-RETRIED = (429, 500, 502, 503)  # asked too often or too many at once; a dying ingress replica answers 500; predictions may be repeated safely
+RETRIED = (
+    429,
+    500,
+    502,
+    503,
+)  # asked too often or too many at once; a dying ingress replica answers 500; predictions may be repeated safely
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
 CELLS_PER_REQUEST = 2048  # answers come steadily and a lost request costs little
 ENTRIES_PER_REQUEST = 4_000_000  # 32 MB of genes and counts before compression
@@ -200,6 +205,10 @@ class Client:
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Every version of a model that answers, starts or was refused: state, reason, aliases, share of the requests."""
         return [row for row in self._get("/v1/models")["versions"] if row["name"] == name]
+
+    def metrics(self) -> str:
+        """What the endpoint counts, in Prometheus' text format."""
+        return self._call(self._http.build_request("GET", "/metrics")).text
 
     def model(self, name: str) -> dict[str, Any]:
         """What is served under ``name``, ``name@alias`` or ``name:version``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,13 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder, describe, load_model
 from cellplane.artifact.judgement import UNKNOWN as UNKNOWN
 from cellplane.artifact.judgement import Judgement
-from cellplane.artifact.members import agreed, members_of
+from cellplane.artifact.members import members_of, together
 from cellplane.artifact.smoothing import Smoothing
 from cellplane.cells import CellBatch
 from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in
 from cellplane.data.config import DataKeys
-from cellplane.data.gene_mapping import GeneRules
-from cellplane.data.naming import best_naming
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
-from cellplane.data.sources import AnnData, cell_table, find_counts, read_h5ad
+from cellplane.data.sources import AnnData, cell_table, gene_columns, read_h5ad
 from cellplane.errors import ConfigError, DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
@@ -120,23 +118,29 @@ class Predictor:
 
         DataError when the model has no classes.
         """
+        n, classes = n_asked(store), self.folder.classes
+        confidence, strange, proba = (np.zeros(shape, dtype=np.float32) for shape in (n, n, (n, len(classes))))
+        out = Annotation(np.full(n, UNKNOWN, dtype=object), confidence, proba, classes, strange)
+        for rows, part in self.annotations(store, judgement):
+            out.labels[rows], confidence[rows], proba[rows] = part.labels, part.confidence, part.proba
+            strange[rows] = 0 if part.unknown_score is None else part.unknown_score
+        return out if (judgement or self.judgement).rule is not None else replace(out, unknown_score=None)
+
+    def annotations(self, store: SentenceStore, judgement: Judgement | None = None) -> Iterator[tuple[NDArray[np.int64], Annotation]]:
+        """The same, some sentences at a time: (rows [c], what is said of them)."""
         judgement, classes = judgement or self.judgement, self.folder.classes
         if "annotate" not in self.tasks:
             raise DataError(f"this model ({self.folder.task}) can {', '.join(self.tasks)}; fine-tune it for annotation first")
-        proba = np.zeros((n_asked(store), len(classes)), dtype=np.float32)
-        seen, strange = np.zeros(len(proba), dtype=bool), np.zeros(len(proba), dtype=np.float32)
-        told = judgement.rule is not None
         for batch, output in self._forward(store):
             if output.logits is None and judgement.voters is None:
                 raise IntegrityError("the model says it annotates but has no annotation head")
-            rows, z = batch.row.numpy(), output.latent.float().cpu().numpy()
-            proba[rows] = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z)
-            seen[rows] = (batch.totals() > 0).numpy()
-            if (scores := judgement.unknown_scores(proba[rows], z, batch)) is not None:
-                strange[rows] = scores
-        labels, confidence = judgement.words(proba, strange if told else None, classes)
-        labels[~seen] = UNKNOWN
-        return Annotation(labels, np.where(seen, confidence, np.float32(0)), proba, classes, strange if told else None)
+            z = output.latent.float().cpu().numpy()
+            proba = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z)
+            strange = judgement.unknown_scores(proba, z, batch)
+            labels, confidence = judgement.words(proba, strange, classes)
+            seen = (batch.totals() > 0).numpy()
+            labels[~seen] = UNKNOWN
+            yield batch.row.numpy(), Annotation(labels, np.where(seen, confidence, np.float32(0)), proba, classes, strange)
 
     def logits(self, store: SentenceStore) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The head's raw logits [n, n_classes] (zeros without a head) and z [n, Z], in the order of the store's rows."""
@@ -151,9 +155,14 @@ class Predictor:
     def embed(self, store: SentenceStore) -> NDArray[np.float32]:
         """Latent z of every cell, [n, Z] float32, in the order of the store's rows."""
         latent = np.zeros((n_asked(store), self.folder.config.latent_width), dtype=np.float32)
-        for batch, output in self._forward(store):
-            latent[batch.row.numpy()] = output.latent.float().cpu().numpy()
+        for rows, z in self.embeddings(store):
+            latent[rows] = z
         return latent
+
+    def embeddings(self, store: SentenceStore) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """The same, some sentences at a time: (rows [c], z [c, Z])."""
+        for batch, output in self._forward(store):
+            yield batch.row.numpy(), output.latent.float().cpu().numpy()
 
     def rates(self, store: SentenceStore, batches: Sequence[int] | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Every cell's expected share of its counts by gene, some cells at a time: (rows [c], shares [c, G]).
@@ -200,13 +209,7 @@ class Predictor:
             if batch.n_genes != len(self.folder.vocabulary):
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():
-                yield _asked(batch, self._answered(batch.to(self.device)))
-
-    def _answered(self, batch: CellBatch) -> CellPLMOutput:
-        output: CellPLMOutput = self.model(batch)
-        if not self.others or output.logits is None:
-            return output
-        return replace(output, logits=agreed([output.logits, *(other(batch).logits for other in self.others)]))
+                yield _asked(batch, together((self.model, *self.others), batch.to(self.device)))
 
 
 def n_asked(store: SentenceStore) -> int:
@@ -303,8 +306,13 @@ def read_cells(
 
 def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
     """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
-    batch = keys.batch_key if keys.batch_key in data.obs else None
-    spatial = keys.spatial_key if keys.spatial_key in data.obsm else None
+    return known_keys(keys, data.obs, data.obsm)
+
+
+def known_keys(keys: DataKeys, obs: Container[str], obsm: Container[str]) -> DataKeys:
+    """The same for data that have these columns and these entries of obsm."""
+    batch = keys.batch_key if keys.batch_key in obs else None
+    spatial = keys.spatial_key if keys.spatial_key in obsm else None
     return keys.model_copy(update={"labels_key": None, "batch_key": batch, "spatial_key": spatial})
 
 
@@ -316,16 +324,6 @@ def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "ce
     if annotation.unknown_score is not None:
         data.obs[f"{key_added}_unknown_score"] = annotation.unknown_score
     data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
-
-
-def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
-    """Vocabulary position of every column of ``data``, [n_vars]; -1 for a gene without a place."""
-    source = find_counts(data, keys)
-    alignment = best_naming(source.namings, vocabulary, GeneRules(keys.repeated_genes, keys.ignore_gene_case))[1]
-    if source.place != "raw.X":
-        return alignment.positions
-    place = dict(zip(map(str, data.raw.var_names), alignment.positions.tolist(), strict=True))
-    return np.array([place.get(str(name), -1) for name in data.var_names], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -405,14 +403,21 @@ def write_denoised(data: AnnData, found: Denoised, key_added: str = "cellplm") -
 
 def write_flags(data: AnnData, table: CellTable, key_added: str = "cellplm") -> None:
     """Says in obs[key_flag] which cells show the model nothing, and why; without such cells there is no such column."""
-    key, uncounted = f"{key_added}_flag", table.totals() == 0
+    key, flags = f"{key_added}_flag", flag_column(table)
     if key in data.obs:
         del data.obs[key]
-    if uncounted.any():
-        empty = uncounted if table.empty is None else table.empty
-        reasons = np.select([empty, uncounted], [0, 1], -1)
-        data.obs[key] = pd.Categorical.from_codes(reasons, categories=pd.Index([NO_COUNTS, NO_KNOWN_COUNTS]))
-        log.warning("%d of %d cells have no counts in genes the model knows; see obs[%r]", uncounted.sum(), table.n_cells, key)
+    if flags is not None:
+        data.obs[key] = flags
+        log.warning("%d of %d cells have no counts in genes the model knows; see obs[%r]", (flags.codes >= 0).sum(), table.n_cells, key)
+
+
+def flag_column(table: CellTable) -> Any:
+    """Why cells show the model nothing, a pandas Categorical [n]; None when all show something."""
+    uncounted = table.totals() == 0
+    if not uncounted.any():
+        return None
+    empty = uncounted if table.empty is None else table.empty
+    return pd.Categorical.from_codes(np.select([empty, uncounted], [0, 1], -1), categories=pd.Index([NO_COUNTS, NO_KNOWN_COUNTS]))
 
 
 def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,13 @@ def few_trees(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small() -> list[str]:
     """Overrides for an annotator that is learned in seconds, as part of another configuration."""
     options = {f"recipe.model.{key}": value for key, value in RECIPE["model"].items()}
-    options |= {"recipe.max_cells": 100, "recipe.optimizer.steps": 20, "recipe.optimizer.lr": 1e-2, "recipe.device": "cpu"}
+    options |= {
+        "recipe.max_cells": 100,
+        "recipe.optimizer.steps": 20,
+        "recipe.optimizer.lr": 1e-2,
+        "recipe.device": "cpu",
+        "recipe.members": 1,
+    }
     return [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
 
 

@@ -28,13 +28,13 @@ BESIDE = {("artifact", "cellplane.model.config")}  # the one thing known across 
 
 # Where a library may be imported; a place ending in / is a folder. What is not listed here may not be imported at all.
 SOURCES, PLOTS, TRACKING, SERVE, CLI = "data/sources.py", "pipelines/plots.py", "tracking/", "serve/", "cli/"
-GUARD, READER, EXPORT = "data/guard.py", "data/reader.py", "data/export.py"
+GUARD, READER, EXPORT, ANSWERS = "data/guard.py", "data/reader.py", "data/export.py", "data/answers.py"
 CONVERT, BATCH, LAUNCH, CLUSTER = "data/convert.py", "batch.py", "train/launch.py", "cluster.py"
 TUNE = "train/tune.py"
 LOADERS, MEASURED = "benchmark/data_peers.py", "benchmark/data_ray.py"
 DOORS: dict[str, tuple[str, ...]] = {
-    "anndata": (SOURCES, READER, EXPORT, "data/writing.py", LOADERS),
-    "h5py": (SOURCES, GUARD, READER, EXPORT, "data/writing.py"),
+    "anndata": (SOURCES, READER, EXPORT, "data/writing.py", ANSWERS, LOADERS),
+    "h5py": (SOURCES, GUARD, READER, EXPORT, "data/writing.py", ANSWERS),
     "zarr": (GUARD, READER, LOADERS),
     "fsspec": ("data/inputs.py", "train/remote.py"),
     "ray.data": (CONVERT, BATCH),

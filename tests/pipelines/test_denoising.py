@@ -41,18 +41,18 @@ SHORT = {**RATES, "optimizer": {"steps": 4}}
 def denoiser(training: AnnData) -> DenoisingPipeline:
     """A pipeline that learned the training cells; treat as read-only."""
     torch.set_num_threads(1)
-    return DenoisingPipeline(config=RATES).fit(training)
+    return DenoisingPipeline(config={**RATES, "smoothing": {"share": [0.0]}}).fit(training)
 
 
 @pytest.fixture(scope="module")
 def by_batch(training: AnnData) -> DenoisingPipeline:
     """A pipeline that learned two batches."""
-    return DenoisingPipeline(config={**SHORT, "keys": {"batch_key": "batch"}}).fit(training)
+    return DenoisingPipeline(config={**SHORT, "keys": {"batch_key": "batch"}, "smoothing": {"share": [0.0]}}).fit(training)
 
 
 def test_it_learns_to_recover_hidden_counts(denoiser):
     looks = [row["val/nb_hidden"] for row in denoiser.history_ if "val/nb_hidden" in row]
-    assert looks[-1] < 0.9 * looks[0]
+    assert looks[-1] < 0.93 * looks[0]  # the first look already knows the average cell
     assert int(denoiser.folder_.lineage["best_step"]) > 10
 
 

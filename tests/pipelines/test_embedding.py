@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from cellplane.artifact.folder import save_model
-from cellplane.errors import ColumnError, ConfigError, VocabularyError
+from cellplane.errors import ColumnError, ConfigError, DataError, VocabularyError
+from cellplane.model.cellplm import new_model
 from cellplane.pipelines.embedding import CellEmbeddingPipeline
 
 
@@ -76,3 +80,43 @@ def test_what_cannot_be_embedded_is_said(pipeline, query):
     stranger.var_names = [f"nobody{n}" for n in range(stranger.n_vars)]
     with pytest.raises(VocabularyError):
         pipeline.predict(stranger)
+
+
+def test_the_context_is_chosen_and_recorded(pipeline, query):
+    data = query.copy()
+    alone = pipeline.predict(data, context="self", key_added="alone")
+    np.testing.assert_allclose(pipeline.predict(data[:5].copy(), context="self"), alone[:5], atol=1e-5)
+    assert data.uns["cellplm"]["context"].startswith("self")
+    assert np.abs(pipeline.predict(data) - alone).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def two_batches(base_model) -> CellEmbeddingPipeline:
+    """A base whose decoder learned two batches, and shows them far apart."""
+    config = replace(base_model.config, n_batches=2)
+    weights = {name: tensor.clone() for name, tensor in new_model(config, 0).state_dict().items()}
+    table = next(name for name in weights if "batch" in name and weights[name].ndim == 2 and len(weights[name]) >= 2)
+    weights[table][:2] = torch.randn(2, weights[table].shape[1], generator=torch.Generator().manual_seed(0)) * 3
+    return CellEmbeddingPipeline(replace(base_model, config=config, weights=weights, lineage={"decoder_batches": '["first", "second"]'}))
+
+
+def test_corrected_expression_is_that_of_one_batch(two_batches, query):
+    data = query.copy()
+    assert two_batches.target_batches == ("first", "second")
+    first, second = (two_batches.correct(data, name) for name in two_batches.target_batches)
+    known = ~np.isnan(first[0])
+    assert known.sum() == 120
+    np.testing.assert_allclose(first[:, known].sum(1), 1e4, rtol=1e-3)
+    assert np.abs(first - second)[:, known].max() > 1
+    mean = two_batches.correct(data, key_added="cellplm")
+    np.testing.assert_allclose(mean[:, known], (first + second)[:, known] / 2, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(data.layers["cellplm_corrected"], mean)
+    assert data.uns["cellplm"]["target_batch"] == "the mean of 2"
+
+
+def test_a_batch_that_was_not_learned_is_refused(two_batches, pipeline, fitted, query):
+    with pytest.raises(ConfigError, match="first, second"):
+        two_batches.correct(query, "third")
+    for without in (pipeline, CellEmbeddingPipeline(fitted.folder_)):
+        with pytest.raises(DataError, match="no batches"):
+            without.correct(query)

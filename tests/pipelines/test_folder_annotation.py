@@ -143,6 +143,8 @@ def test_a_killed_run_keeps_its_finished_files_and_loses_none(place, learned, tm
     (tmp_path / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     code = (
         "import pathlib, sys, torch; torch.set_num_threads(1)\n"
+        "from cellplane.pipelines import annotation_baselines\n"
+        "annotation_baselines.TREES, annotation_baselines.STRENGTHS = 10, (0.3,)\n"
         "from cellplane.pipelines.folder_annotation import AnnotateConfig, annotate_folder\n"
         "from cellplane.pipelines.job import JobReport\n"
         "config = AnnotateConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text())\n"

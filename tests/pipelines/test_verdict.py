@@ -88,5 +88,10 @@ def test_a_verdict_is_told_in_plain_words(lead, decision, winner, words):
     assert f"{lead.low:+.3f} to {lead.high:+.3f}" in found.text
 
 
+def test_small_leads_are_told_with_more_digits():
+    text = verdict(Lead(0.00012, 0.00004, 0.0002), measure=Measure("error", "cells", digits=5)).text
+    assert "+0.00004 to +0.00020" in text
+
+
 def test_errors_are_better_small():
     assert "(smaller is better)" in verdict(Lead(0, 0, 0), measure=Measure("error", "cells", lower_is_better=True)).text

@@ -170,3 +170,29 @@ def test_a_rate_recovers_with_time_and_holders_do_not_share_it() -> None:
     assert rate.take("a") == 0
     now[0] = 1000.0
     assert [rate.take("a") for _ in range(7)] == [0] * 6 + [10]
+
+
+def test_when_every_place_is_taken_the_next_is_refused_before_it_is_read() -> None:
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await release.wait()
+        await reads_everything(scope, receive, send)
+
+    async def crowd() -> list[Exchange]:
+        busy = guard(slow, max_in_flight=2)
+        exchanges = [Exchange(b"x") for _ in range(4)]
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": PATH, "headers": [(b"content-type", ARROW_TYPE.encode())]}
+        asked = [asyncio.create_task(busy(dict(scope), one.receive, one.send)) for one in exchanges]
+        await asyncio.sleep(0.05)
+        assert [one.status for one in exchanges] == [0, 0, 503, 503]
+        release.set()
+        await asyncio.gather(*asked)
+        again = Exchange(b"x")
+        await busy(dict(scope), again.receive, again.send)
+        return [*exchanges, again]
+
+    answers = asyncio.run(crowd())
+    assert [one.status for one in answers] == [200, 200, 503, 503, 200]
+    assert [one.read for one in answers[2:4]] == [0, 0]
+    assert answers[2].headers["retry-after"] == "1"

@@ -25,7 +25,7 @@ class Diary:
         self.events.append(f"start {version.label}")
         assert self.gate.wait(10)
         if self.broken.get(version.label) == "start":
-            raise IntegrityError(f"version {version.label} has a damaged weights.safetensors")
+            raise IntegrityError(f"{version.path} has a damaged weights.safetensors")
 
     def check(self, model: str, version: Version) -> Version:
         self.events.append(f"check {version.label}")
@@ -93,7 +93,7 @@ def test_a_broken_version_gets_no_traffic_and_says_why(rollouts: Rollouts, diary
     assert answered_by(rollouts) == "1"
     assert diary.events[-1] == "stop 2"
     told = rollouts.table.models["m"].versions["2"]
-    assert (told.state, words in told.reason) == ("failed", True)
+    assert (told.state, words in told.reason, "/models" in told.reason) == ("failed", True, False)
     with pytest.raises(ServiceError, match="m:1") as refused:
         rollouts.table.route("m:2")
     assert refused.value.status == 404

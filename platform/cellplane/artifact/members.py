@@ -7,7 +7,9 @@ first one's configuration, genes and classes; embeddings are the first one's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,12 @@ def members_of(attachments: Mapping[str, bytes]) -> list[dict[str, Tensor]]:
             raise FileFormatError(f"{MEMBERS} holds {name!r}, which is no tensor of a member: expected NUMBER/NAME")
         found.setdefault(int(number), {})[rest] = tensor
     return [found[number] for number in sorted(found)]
+
+
+def together(networks: Sequence[Callable[[Any], Any]], batch: Any) -> Any:
+    """What the first network says of the batch, a dataclass, its ``logits`` those of all networks' mean."""
+    first, *others = [network(batch) for network in networks]
+    return replace(first, logits=agreed([one.logits for one in (first, *others)])) if others else first
 
 
 def agreed(logits: Sequence[Tensor]) -> Tensor:

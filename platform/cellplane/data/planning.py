@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellplane.config import to_plain
 from cellplane.data.columns import Names, as_names, missing_column
 from cellplane.data.config import UNLABELLED, ConvertConfig, DataKeys
-from cellplane.data.counts import Candidate, choose
 from cellplane.data.files import storage_errors
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.gene_tables import installed_tables
 from cellplane.data.guard import check_source
 from cellplane.data.inputs import find_inputs, source_sha256
+from cellplane.data.looking import look
 from cellplane.data.manifest import FORMAT_VERSION, parse_vocabulary
 from cellplane.data.naming import best_naming, default_naming, gene_namings, lacking_genes
 from cellplane.data.order import sentence_patches, sentence_rows, sentence_runs
-from cellplane.data.reader import CellReader, count_candidates
+from cellplane.data.reader import CellReader
 from cellplane.data.shards import choose_encoding
 from cellplane.data.tasks import RangeTask, ShardTask, SourceTask, TableTask, safe_name, stamp_of
 from cellplane.data.tasks import task_json as task_json
@@ -40,7 +39,6 @@ from cellplane.data.work import cut_spans
 from cellplane.errors import CellplaneError, ColumnError, ConfigError, DataError, VocabularyError
 from cellplane.genes import GeneAlignment, GeneVocabulary, namespace_of
 
-SAMPLE_CELLS = 256  # read at the beginning, the middle and the end to see what a place holds; all are checked when written
 BYTES_PER_ENTRY, BYTES_PER_CELL = 3, 40
 RANGE_BYTES = 32 * 1024**2  # encoded cells of a run
 READ_TWICE = 1.5  # times the rows: a source that would be read more often than this takes the way through runs
@@ -169,7 +167,7 @@ def inspect_source(path: Path, name: str, config: ConvertConfig, staging: Path) 
     with CellReader(path, _scratch(staging, name, stamp)) as reader:
         if reader.n_cells == 0:
             raise DataError(f"{path} has no cells; there is nothing to convert")
-        place, recovered, sample = _look(reader, config)
+        place, recovered, sample = look(reader, config.keys, any_values=config.values == "any")
         matrix, lengths = reader.matrix(place), reader.entries_per_row(place)
         batch = None if keys.batch_key is None else _complete(as_names(reader.obs(keys.batch_key)), keys.batch_key)
         fov = None if config.fov_key is None else _complete(as_names(reader.obs(config.fov_key)), config.fov_key)
@@ -230,28 +228,6 @@ def _crossed(batch: Names | None, fov: Names | None) -> Names | None:
 
 def _as_real(source: Source) -> Source:
     return replace(source, encoding="float32" if source.layout[1] in ("float16", "float32") else "float64")
-
-
-def _look(reader: CellReader, config: ConvertConfig) -> tuple[str, bool, sp.csr_matrix]:
-    """Where the counts are, judged by a sample of rows, and that sample."""
-    cells, totals, keys = reader.n_cells, reader.totals(), config.keys
-    starts = sorted({max(0, min(start, cells - SAMPLE_CELLS)) for start in (0, cells // 2, cells - SAMPLE_CELLS)})
-    parts = [(start, min(start + SAMPLE_CELLS, cells)) for start in starts]
-
-    def load(place: str) -> sp.csr_matrix | None:
-        return sp.vstack([reader.rows(place, *part) for part in parts], format="csr") if place in reader.places else None
-
-    if config.values == "any":
-        place = count_candidates(DataKeys(layer=keys.layer or "X"), reader.places)[0]
-        found = load(place)
-        return place, False, found
-    candidates: list[Candidate] = [
-        (place, lambda place=place: load(place))  # type: ignore[misc]
-        for place in count_candidates(keys, reader.places)
-    ]
-    known = None if totals is None else np.concatenate([totals[start:stop] for start, stop in parts])
-    choice = choose(candidates, keys.recover_counts, known, tuple(reader.places))
-    return choice.place, choice.recovered, choice.matrix
 
 
 def _vocabulary(config: ConvertConfig, sources: Sequence[Source]) -> tuple[GeneVocabulary, list[int]]:

@@ -22,6 +22,8 @@ from pydantic import Field
 
 from cellplane.cells import CellBatch
 from cellplane.config import Config
+from cellplane.data.columns import as_names
+from cellplane.data.order import sentence_rows
 from cellplane.errors import ConfigError, DataError
 from cellplane.seeds import keyed_seed
 
@@ -139,8 +141,12 @@ class MemoryStore:
 
 def memory_store(table: CellTable, max_cells: int) -> MemoryStore:
     """The table's cells as sentences of their own batch, at most ``max_cells`` each (see `contexts`)."""
-    keys = None if table.batch is None else [str(key) for key in table.batch]
-    return MemoryStore(table, contexts(keys, table.n_cells, max_cells))
+    if max_cells < 1 or table.n_cells == 0:
+        return MemoryStore(table, contexts(None, table.n_cells, max_cells))
+    names = None if table.batch is None else as_names(table.batch)
+    codes, texts = (None, ()) if names is None else (names.codes, names.names)
+    rows, edges = sentence_rows(codes, texts, table.n_cells, max_cells, seed=0)
+    return MemoryStore(table, np.split(rows, edges[1:-1]))
 
 
 class SentenceWeights(Config):

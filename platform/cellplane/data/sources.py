@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anndata
 import h5py
@@ -97,8 +97,8 @@ class FileSink:
     HDF5 cannot close a file after a failed write: it complains at every step and ends the process when that exits.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
+    def __init__(self, path: Path, mode: Literal["w+b", "r+b"] = "w+b") -> None:
+        self._file = path.open(mode, buffering=0)
         self._error: OSError | None = None
         self.read, self.readinto, self.seek, self.tell = self._file.read, self._file.readinto, self._file.seek, self._file.tell
         self.truncate, self.flush = self._file.truncate, self._file.flush
@@ -189,3 +189,13 @@ def cell_table(
 def count_report(source: CountSource) -> dict[str, object]:
     """Where the counts came from, JSON-ready."""
     return {"count_source": source.place, "recovered": source.recovered, "largest_deviation": source.deviation}
+
+
+def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
+    """Vocabulary position of every column of ``data``, [n_vars]; -1 for a gene without a place."""
+    source = find_counts(data, keys)
+    alignment = best_naming(source.namings, vocabulary, GeneRules(keys.repeated_genes, keys.ignore_gene_case))[1]
+    if source.place != "raw.X":
+        return alignment.positions
+    place = dict(zip(map(str, data.raw.var_names), alignment.positions.tolist(), strict=True))
+    return np.array([place.get(str(name), -1) for name in data.var_names], dtype=np.int64)

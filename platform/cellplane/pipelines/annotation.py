@@ -116,10 +116,11 @@ class CellTypeAnnotationPipeline(Estimator):
         if len(known) < table.n_cells:
             missing = table.n_cells - len(known)
             log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
-        stores, sizes = self._split(table.rows(known)), (len(vocabulary), len(classes))
+        table, sizes = table.rows(known), (len(vocabulary), len(classes))
+        stores = self._split(table)
         network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
-        others = [] if self._votes else [self._member(number, start, stores, sizes) for number in range(1, self.config.members)]
+        others = [] if self._votes else [self._member(number, start, table, sizes) for number in range(1, self.config.members)]
         self.history_ = best.history
         folder = ModelFolder(
             config=network.config,
@@ -129,9 +130,9 @@ class CellTypeAnnotationPipeline(Estimator):
             max_cells=self.config.max_cells,
             classes=classes,
             lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
-            attachments=pack_members(others),
         )
-        self.folder_ = judged(folder, stores, self.config)
+        folder = judged(folder, stores, self.config)  # by the first member: the others have learned from its validation cells
+        self.folder_ = replace(folder, attachments={**folder.attachments, **pack_members(others)})
         self.adopt(self.folder_)
         return self
 
@@ -223,12 +224,11 @@ class CellTypeAnnotationPipeline(Estimator):
             begin_at_components(network, table, self.config.components, self.config.seed)
         return network
 
-    def _member(
-        self, number: int, start: ModelFolder | None, stores: tuple[MemoryStore, MemoryStore], sizes: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
-        """Weights of another network of this recipe, on the same cells from another seed; a kill costs those that were done."""
+    def _member(self, number: int, start: ModelFolder | None, table: CellTable, sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Weights of another network of this recipe, from another seed and with validation cells of its own; not resumable."""
         seed = keyed_seed(self.config.seed, "member", number) % 2**31
         other = CellTypeAnnotationPipeline(start, self.config.model_copy(update={"seed": seed}))
+        stores = other._split(table)
         network = other._begun(start, stores[0].table, sizes)
         best = other._learn(network, stores, Course())
         return {**network.cpu().state_dict(), **best.weights}

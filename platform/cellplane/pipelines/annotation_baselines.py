@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from cellplane.errors import ConfigError
 from cellplane.pipelines.baselines import PANEL_GENES, SCALINGS, STRENGTHS
 from cellplane.pipelines.metrics import annotation_scores
 from cellplane.pipelines.splits import random_splits
@@ -57,9 +58,15 @@ def tuned_baselines(train: tuple[Any, Labels], asked: Any, seed: int, folds: int
 
 
 def answers_by(choice: tuple[str, str], train: tuple[Any, Labels], asked: Any, seed: int) -> Labels:
-    """What one (family, setting) of `inner_scores`, fitted on the training (counts, labels), answers for the counts of the asked cells."""
+    """What one (family, setting) of `inner_scores`, fitted on the training (counts, labels), answers for the counts of the asked cells.
+
+    ConfigError for a setting that is not tried here.
+    """
     with threadpool_limits(limits=1):
-        return next(answer for key, answer in _answers(train, asked, seed, {choice}) if key == choice)
+        for key, answer in _answers(train, asked, seed, {choice}):
+            if key == choice:
+                return answer
+    raise ConfigError(f"no simple method {' '.join(choice)!r} is known: it was chosen by another version; begin in an empty folder")
 
 
 def inner_scores(counts: Any, labels: Labels, seed: int, folds: int) -> dict[tuple[str, str], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -82,7 +83,8 @@ class AnnotationConfig(FitConfig):
     head_dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout before the linear head (released recipe)."""
     members: int = Field(1, ge=1)
-    """Networks fitted from as many seeds, whose probabilities are averaged: slower by that factor, and better where cells are few."""
+    """Networks fitted from as many seeds, each with validation cells of its own, whose probabilities are averaged: slower by that
+    factor, and better where cells are few. Confidence is calibrated on the first, so the mean claims rather less than it could."""
     max_cells: int = Field(2048, ge=1)
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)
@@ -136,9 +138,7 @@ class DenoisingConfig(FitConfig):
 
     keys: DataKeys = DataKeys()
     """Where counts, batches and coordinates lie. With a batch_key the decoder is told each cell's batch."""
-    model: ModelConfig = ModelConfig(
-        width=128, n_heads=4, n_blocks=2, latent="ae", latent_width=64, dropout=0.1, decoder_width=256, decoder_bottleneck=64
-    )
+    model: ModelConfig = replace(SMALL_DECODING, dropout=0.1)
     """The network when no base model is given; a base model brings its own, decoder included."""
     new_genes: Literal["leave_out", "add"] = "leave_out"
     """Genes of the data that the base model does not know: left out (and not denoised), or added as the mean of those it knows."""
@@ -150,9 +150,9 @@ class DenoisingConfig(FitConfig):
     """Weight of the likelihood of an entry that was not hidden."""
     smoothing: SmoothingConfig = SmoothingConfig()
     """Similar cells whose counts are mixed with what the network says."""
-    optimizer: OptimizerConfig = OptimizerConfig(steps=400, lr=2e-3, weight_decay=1e-6, warmup_steps=20)
+    optimizer: OptimizerConfig = OptimizerConfig(steps=200, lr=5e-3, weight_decay=1e-6, warmup_steps=20)
     """AdamW."""
-    max_cells: int = Field(2048, ge=1)
+    max_cells: int = Field(512, ge=1)
     """Largest sentence, in training and prediction."""
     cells_per_step: int = Field(512, ge=1)
     """Sentences are packed until a step would exceed this many cells; a longer sentence is a step of its own."""

@@ -60,6 +60,7 @@ from cellplane.train.objective import MaskedObjective
 
 log = logging.getLogger(__name__)
 
+START = 0.1  # hidden counts of simulated cells, nats: 66.2 with 1, 63.5 with 0.1, 63.6 with 0, 64.4 without the average cell
 LEAST_MEAN = 1e-4  # ten times the least mean that the decoder can say
 BATCH_PART = "decoder.batch."  # what the decoder knows of batches: a base model's are not the user's
 
@@ -281,10 +282,15 @@ class Cells:
 
 
 def begun_at(network: CellPLM, share_G: NDArray[np.float64]) -> CellPLM:
-    """The network, whose answer begins near the average cell: half as many steps are needed then."""
+    """The network, whose answer begins near the average cell, so that its steps go to how cells differ.
+
+    The weights above the bottleneck begin a tenth as large as usual: at their usual size they spoil a start this good, and the
+    quickest way to mend it is to switch the bottleneck off, from which the network does not recover.
+    """
     mean = np.clip(share_G * len(share_G), LEAST_MEAN, None)  # 1 for an average gene
     weights = network.state_dict()
     weights["decoder.mean.bias"] = torch.from_numpy(np.log(mean)).float()
+    weights["decoder.mean.weight"] = START * weights["decoder.mean.weight"]
     network.load_state_dict(weights)
     return network
 

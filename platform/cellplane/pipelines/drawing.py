@@ -252,7 +252,7 @@ def draw_gaps(axes: Axes, gaps: ArrayLike, name: str) -> Axes:
         raise DataError("there is no difference to draw")
     low, high = np.quantile(known, (0.005, 0.995))
     edges = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
-    counts, _ = np.histogram(np.clip(known, edges[0], edges[-1]), edges)
+    counts, _ = np.histogram(known, edges)
     colours = [COLOURS[0] if middle > 0 else "#999999" for middle in (edges[:-1] + edges[1:]) / 2]
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours)
     axes.axvline(0, color="#666666", lw=1)

@@ -1,28 +1,33 @@
 """Zero-shot cell embedding: a pre-trained model's latent space for any cells, without training.
 
     CellEmbeddingPipeline("models:/cellplm-tiny@champion").predict(adata, key_added="cellplm")   # obsm["X_cellplm"]
+
+The same model also says what every cell would show had all been measured in one batch: `correct`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
+from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
-from cellplane.data.sources import AnnData, column
-from cellplane.errors import ConfigError
-from cellplane.inference import Predictor, query_keys, read_cells, record, write_flags
+from cellplane.data.sources import AnnData, column, gene_columns
+from cellplane.errors import ConfigError, DataError
+from cellplane.inference import RATES_PER, Predictor, query_keys, read_cells, record, write_flags
 from cellplane.pipelines.base import as_config, open_model
 
 
-class CellEmbeddingPipeline:
+class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
     """fit / predict / score / save / load; nothing is learned, so fit only returns itself."""
 
     def __init__(
@@ -33,30 +38,81 @@ class CellEmbeddingPipeline:
         pretrain_prefix: str | None = None,
         pretrain_directory: str | Path | None = None,
     ) -> None:
-        folder = open_model(model, pretrain_prefix, pretrain_directory)
+        self.model, self.pretrain_prefix, self.pretrain_directory = model, pretrain_prefix, pretrain_directory
+        self.keys: DataKeys = as_config(DataKeys, keys, DataKeys())
+        self._opened = self._open()
+
+    def _open(self) -> tuple[tuple[Any, ...], Predictor]:
+        asked = (self.model, self.pretrain_prefix, self.pretrain_directory)
+        folder = open_model(*asked)
         if folder is None:
             raise ConfigError("an embedding needs a model: a model folder, models:/NAME@ALIAS, or pretrain_prefix with pretrain_directory")
-        self.keys: DataKeys = as_config(DataKeys, keys, DataKeys())
-        self.predictor = Predictor(folder)
+        return asked, Predictor(folder)
 
-    def fit(self, data: AnnData) -> CellEmbeddingPipeline:  # noqa: ARG002  (the estimators' common shape)
+    @property
+    def predictor(self) -> Predictor:
+        """What answers; another one after set_params named another model."""
+        asked = (self.model, self.pretrain_prefix, self.pretrain_directory)
+        if any(now is not before for now, before in zip(asked, self._opened[0], strict=True)):
+            self._opened = self._open()
+        return self._opened[1]
+
+    def fit(self, data: AnnData | None = None, y: object = None) -> CellEmbeddingPipeline:  # noqa: ARG002  (the estimators' common shape)
         """Itself: the model is used as it was pre-trained."""
         return self
 
-    def predict(self, data: AnnData, *, key_added: str | None = None) -> NDArray[np.float32]:
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def predict(self, data: AnnData, *, key_added: str | None = None, context: Context | AnnData = "own") -> NDArray[np.float32]:
         """Embedding z of every cell, [n, Z] float32, in the order of ``data``; genes the model does not know are left out.
 
-        With ``key_added`` also written to obsm["X_<key>"] and uns["cellplm"]; obs["<key>_flag"] names cells without counts
-        that the model knows, whose embedding is that of their context.
+        ``context`` says in whose company cells are read, see `inference.read_cells`. With ``key_added`` also written to
+        obsm["X_<key>"] and uns["cellplm"]; obs["<key>_flag"] names cells without counts that the model knows, whose
+        embedding is that of their context.
         """
         folder = self.predictor.folder
-        read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells)
+        read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells, context=context)
         latent = self.predictor.embed(read.store)
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             data.obsm[f"X_{key_added}"] = latent
             data.uns["cellplm"] = record(folder, read.report)
         return latent
+
+    @property
+    def target_batches(self) -> tuple[str, ...]:
+        """Batches that `correct` can decode cells in: those the model's decoder learned."""
+        lineage = self.predictor.folder.lineage
+        return tuple(json.loads(lineage.get("decoder_batches", lineage.get("batches", "[]"))))
+
+    def correct(self, data: AnnData, target_batch: str | None = None, *, key_added: str | None = None) -> NDArray[np.float32]:
+        """Expression as if all cells had been measured in one batch: rates per 10,000, [n, n_vars] float32.
+
+        Every cell's embedding is decoded in ``target_batch``, one of `target_batches`; None averages over all of them. Genes
+        the model does not know are NaN. With ``key_added`` also written to layers["<key>_corrected"] and uns["cellplm"].
+        DataError for a model that decodes no counts, ConfigError for a batch it did not learn.
+        """
+        folder, names = self.predictor.folder, self.target_batches
+        if target_batch is not None and target_batch not in names:
+            known = ", ".join(names[:12]) or "none by name: leave target_batch out"
+            raise ConfigError(f"no batch {target_batch!r} was learned; there are {known}")
+        if not folder.config.n_batches:
+            raise DataError(f"this {folder.task} model learned no batches, so there are none to correct for; take a pre-trained base")
+        keys = query_keys(data, self.keys)
+        read = read_cells(data, folder.vocabulary, keys, folder.max_cells)
+        decoded = range(folder.config.n_batches) if target_batch is None else (names.index(target_batch),)
+        columns = gene_columns(data, keys, folder.vocabulary)
+        known_columns = columns >= 0
+        rates = np.full((data.n_obs, len(columns)), np.nan, dtype=np.float32)
+        for rows, shares in self.predictor.rates(read.store, tuple(decoded)):
+            rates[np.ix_(rows, known_columns)] = RATES_PER * shares[:, columns[known_columns]]
+        if key_added is not None:
+            write_flags(data, read.store.table, key_added)
+            data.layers[f"{key_added}_corrected"] = rates
+            told = target_batch if target_batch is not None else f"the mean of {folder.config.n_batches}"
+            data.uns["cellplm"] = record(folder, {**read.report, "target_batch": told})
+        return rates
 
     def score(self, data: AnnData, label_fields: list[str]) -> dict[str, float]:
         """NMI and ARI of a k-means clustering with as many clusters as labels; no parameter is tuned on the labels."""
@@ -72,3 +128,7 @@ class CellEmbeddingPipeline:
     def load(cls, directory: str | Path) -> CellEmbeddingPipeline:
         """A saved pipeline; every file is verified."""
         return cls(load_model(Path(directory)))
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        named = self.model if isinstance(self.model, str | Path) else self.pretrain_prefix or "a model"
+        return f"CellEmbeddingPipeline({named})"[:N_CHAR_MAX]

@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 
+from cellplane import __version__
 from cellplane.config import Config, fingerprint, home
 from cellplane.data.config import UNLABELLED, DataKeys
 from cellplane.data.files import atomic_file
@@ -174,9 +175,8 @@ def _annotator(config: AnnotateConfig, report: JobReport, out: Path) -> tuple[An
     assert pipeline.folder_ is not None
     atlas = read_atlas(read_h5ad(Path(config.reference)), pipeline, config.recipe.keys).thinned(config.opinion_cells, config.recipe.seed)
     settings = fingerprint(config.model_copy(update={"folder": "", "reference": "", "out": None, "tracking_uri": None}))
-    identity = hashlib.sha256(
-        f"{pipeline.folder_.model_sha256} {settings} {source_sha256(Path(config.reference), False)}".encode()
-    ).hexdigest()
+    known = (pipeline.folder_.model_sha256, settings, source_sha256(Path(config.reference), False), __version__)
+    identity = hashlib.sha256(" ".join(known).encode()).hexdigest()
     ledger = Ledger(out / "opinion.jsonl", identity)
     entry = ledger.measured(
         Place("reference", "inner", 0, config.recipe.seed), Method("opinion", "baseline"), lambda: _opinion(atlas, config)

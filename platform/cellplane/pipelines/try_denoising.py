@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellplane.data.sentences import CellTable
-from cellplane.data.sources import AnnData, read_h5ad
+from cellplane.data.sources import AnnData, gene_columns, read_h5ad
 from cellplane.errors import DataError
-from cellplane.inference import RATES_PER, Predictor, gene_columns
+from cellplane.inference import RATES_PER, Predictor
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising import Cells, DenoisingPipeline, answers
 from cellplane.pipelines.denoising_baselines import BASELINES, Ask, cell_nats, split_counts, tuned_baselines
@@ -30,7 +30,7 @@ from cellplane.pipelines.try_config import TryDenoising
 from cellplane.pipelines.try_parts import Bench, Task, Tried, base_of, evaluation_of
 from cellplane.pipelines.verdict import Measure, Verdict, mean_lead
 
-MEASURE = Measure("error in foretelling taken-out counts, nats per entry", "cells with counts taken out", lower_is_better=True)
+MEASURE = Measure("error in foretelling taken-out counts, nats per entry", "cells with counts taken out", lower_is_better=True, digits=5)
 FILLS_ZEROS = "nonzero_mean"  # wins another protocol without denoising anything
 NOTES = (
     "A tenth of all counts was taken out at random, zeros included, before anything was learned. The two parts are independent only "

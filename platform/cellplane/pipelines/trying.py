@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellplane import __version__
 from cellplane.config import fingerprint
 from cellplane.data.inputs import source_sha256
 from cellplane.data.sources import read_h5ad, write_h5ad
@@ -98,4 +99,4 @@ def _identity(config: TryConfig) -> str:
     """All that decides the scores: the settings and the bytes of the files."""
     settings = fingerprint(config.model_copy(update={"data": "", "reference": None, "out": None, "auto": False, "tracking_uri": None}))
     files = [source_sha256(Path(path), False) for path in (config.data, config.reference) if path]
-    return hashlib.sha256(" ".join([settings, *files]).encode()).hexdigest()
+    return hashlib.sha256(" ".join([settings, __version__, *files]).encode()).hexdigest()

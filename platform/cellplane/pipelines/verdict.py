@@ -39,6 +39,7 @@ class Measure:
     name: str
     units: str
     lower_is_better: bool = False
+    digits: int = 3
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ class Verdict:
             "baseline": f"Use {self.baseline}, the simple method: it is better than {MODEL_ROW} on your data.",
             "undecided": f"Too close to tell: use {self.baseline}, which is simpler, or {MODEL_ROW}; {self.winner} scored better.",
         }
+        digits, lead = self.measure.digits, self.lead
         sense = "smaller" if self.measure.lower_is_better else "larger"
-        scores = f"{MODEL_ROW} {self.model:.3f}, {self.baseline} {self.other:.3f}"
-        interval = f"lead of {MODEL_ROW} {self.lead.mean:+.3f}, 95 % interval {self.lead.low:+.3f} to {self.lead.high:+.3f}"
+        scores = f"{MODEL_ROW} {self.model:.{digits}f}, {self.baseline} {self.other:.{digits}f}"
+        mean, low, high = (f"{value:+.{digits}f}" for value in (lead.mean, lead.low, lead.high))
+        interval = f"lead of {MODEL_ROW} {mean}, 95 % interval {low} to {high}"
         why = f"Over {self.n} {self.measure.units}, {self.measure.name} ({sense} is better): {scores}; {interval}."
         return f"{advice[self.decision]} {why}"
 

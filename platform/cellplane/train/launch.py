@@ -8,6 +8,7 @@ group uses a fresh Ray run name, so nothing stale of Ray's own can stand in the 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -118,6 +119,7 @@ def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
             "data_fingerprint": store.manifest.fingerprint,
             "sources": " ".join(entry.sha256[:SOURCE_DIGITS] for entry in store.manifest.datasets),  # whether a file was seen
             "training_cells": str(store.manifest.cells),
+            "decoder_batches": json.dumps(store.manifest.batch_names),  # whose names its decoder knows
             "run": config.run,
             "run_identity": run_identity(config),
             "steps": str(state.step),

@@ -1,0 +1,84 @@
+"""An h5ad with answers added, written without reading it: a copy, and what is new beside what it holds.
+
+The matrix is copied byte by byte and never looked at, so memory does not grow with the file. Files written before
+anndata 0.8 keep their tables in another form; `takes_answers` tells, and they are read whole instead.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata
+import h5py
+import numpy as np
+
+from cellplane.data.files import atomic_file
+from cellplane.data.guard import quiet
+from cellplane.data.sources import FileSink
+from cellplane.data.stored import DiskRows
+
+CHUNK_BYTES = 1 << 20
+
+
+class Answers:
+    """What is added to a file; what had the same name is replaced."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file = file
+
+    def column(self, name: str, values: Any) -> None:
+        """A column of obs, an array or Categorical [n]; None removes it."""
+        obs = self._file["obs"]
+        order = [str(key) for key in obs.attrs["column-order"]]
+        self._replace(obs, name, values)
+        kept = [key for key in order if key != name] + ([] if values is None else [name])
+        obs.attrs["column-order"] = np.array(kept, dtype=h5py.string_dtype()) if kept else np.zeros(0, dtype=np.float64)
+
+    def matrix(self, part: Literal["obsm", "layers"], name: str, rows: DiskRows) -> None:
+        """An entry of obsm or layers, [n, width]."""
+        group = self._group(part)
+        if name in group:
+            del group[name]
+        chunk = (max(1, min(len(rows), CHUNK_BYTES // max(rows.row_bytes, 1))), *rows.shape[1:])
+        dataset = group.create_dataset(name, rows.shape, dtype=rows.dtype, chunks=chunk if np.prod(rows.shape) else None)
+        dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        for start, block in rows.blocks():
+            dataset[start : start + len(block)] = block
+
+    def note(self, name: str, value: Any) -> None:
+        """An entry of uns."""
+        self._replace(self._group("uns"), name, value)
+
+    def _group(self, part: str) -> h5py.Group:
+        if part not in self._file:
+            anndata.io.write_elem(self._file, part, {})
+        return self._file[part]
+
+    @staticmethod
+    def _replace(group: h5py.Group, name: str, value: Any) -> None:
+        if name in group:
+            del group[name]
+        if value is not None:
+            anndata.io.write_elem(group, name, value)
+
+
+def takes_answers(path: Path) -> bool:
+    """Whether the file is an h5ad in the present form."""
+    if not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, "r") as file:
+        obs = file.get("obs")
+        return isinstance(obs, h5py.Group) and "column-order" in obs.attrs and "__categories" not in obs
+
+
+@contextmanager
+def answered_copy(source: Path, target: Path) -> Iterator[Answers]:
+    """``target`` becomes ``source`` with what the block adds, whole or not at all; StorageError when the disk is full."""
+    with atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+        with FileSink(temporary, "r+b") as sink, quiet(), h5py.File(sink, "r+") as file:
+            yield Answers(file)
