@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shlex
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,7 +90,7 @@ def test_a_job_exists_and_its_config_is_shipped(words):
 @pytest.mark.parametrize("guide", GUIDES)
 def test_files_and_pictures_a_guide_points_to_exist(guide):
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", read(guide))
-    assert not [target for target in targets if not (ROOT / Path(target)).exists()]
+    assert not [target for target in targets if not ((ROOT / guide).parent / target).exists()]
 
 
 def test_the_readme_shows_the_rooms_of_the_house():

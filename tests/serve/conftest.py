@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -29,6 +29,14 @@ from serve.routes import Model, Table, Version
 GENES = [f"GENE{gene:04d}" for gene in range(1, 61)]
 CLASSES = ("type_0", "type_1", "type_2")
 MAX_CELLS = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What an endpoint writes down (the router's table, fetched models) goes where the tests' files go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELLPLANE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

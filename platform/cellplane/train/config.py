@@ -225,6 +225,8 @@ class PretrainConfig(Config):
     """MLflow server or database; None: $MLFLOW_TRACKING_URI, else a database under $CELLPLANE_HOME."""
     register_as: str | None = None
     """Name in the model registry; None: the model is logged but not registered."""
+    purpose: str | None = None
+    """What the model is for, in a sentence: it stands in its card."""
 
     @model_validator(mode="after")
     def _something_to_recover(self) -> Self:

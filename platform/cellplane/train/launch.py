@@ -116,6 +116,7 @@ def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
         task="pretrain",
         max_cells=store.manifest.max_cells,
         lineage={
+            **({} if config.purpose is None else {"purpose": config.purpose}),
             "data_fingerprint": store.manifest.fingerprint,
             "sources": " ".join(entry.sha256[:SOURCE_DIGITS] for entry in store.manifest.datasets),  # whether a file was seen
             "training_cells": str(store.manifest.cells),
