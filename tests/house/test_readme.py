@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from tests.house.source import ROOT
 
-GUIDES = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/finetuning.md", "docs/try.md")
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+GUIDES = ("README.md", "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 SHELLS = ("", "bash", "sh", "console", "shell", "text")
 PROMPTS = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?=cellplane |make |python3? -m jobs\.)")

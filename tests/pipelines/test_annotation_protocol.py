@@ -14,7 +14,7 @@ from cellplane.data.simulate import simulate
 from cellplane.data.sources import write_h5ad
 from cellplane.errors import ConfigError, DataError
 from cellplane.pipelines.annotation_evaluation import run_annotation_protocol
-from cellplane.pipelines.annotation_protocol import Trial, _shuffled, arms_of, random_weights, splits_of, study_of
+from cellplane.pipelines.annotation_protocol import Trial, _fitted, _shuffled, arms_of, random_weights, splits_of, study_of
 from cellplane.pipelines.protocol_config import AnnotationProtocol, EvaluatedData
 from tests.pipelines.conftest import NOBODY, RECIPE
 
@@ -103,6 +103,12 @@ def test_the_one_cell_control_reads_no_company(tissue):
     (name,) = (method.name for method in arm.methods)
     confidence = [arm.work(one)[name].details["confidence"] for one in (whole, few)]
     assert confidence[0][:7] == pytest.approx(confidence[1], abs=2e-4)
+
+
+def test_a_data_set_may_have_smaller_sentences_than_the_recipe(tissue):
+    one = trial(tissue, asked={**TISSUE, "max_cells": 33})
+    sizes = [_fitted(of, of.train, protocol().recipe, None).folder_.max_cells for of in (one, trial(tissue))]
+    assert sizes == [33, QUICK["max_cells"]]
 
 
 def test_shuffled_cells_take_one_anothers_places(tissue):

@@ -263,7 +263,8 @@ def _fitted(
     keys = trial.study.asked.keys
     own = keys.batch_key if batch_key is None else batch_key
     changes = {"batch_key": own, "spatial_key": keys.spatial_key if spatial else None}
-    asked = recipe.model_copy(update={"seed": trial.seed, "keys": keys.model_copy(update=changes)})
+    size = trial.study.asked.max_cells or recipe.max_cells
+    asked = recipe.model_copy(update={"seed": trial.seed, "max_cells": size, "keys": keys.model_copy(update=changes)})
     return CellTypeAnnotationPipeline(base, asked).fit(train)
 
 

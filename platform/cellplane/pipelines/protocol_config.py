@@ -27,6 +27,8 @@ class EvaluatedData(Config):
     """Micrometres in a unit of the file's coordinates; None: not known, and distances are in the file's units."""
     guard: float | None = Field(None, ge=0)
     """Width, in the file's units, of the band around held-out tissue that is not learned from; None: 100 um, if units are known."""
+    max_cells: int | None = Field(None, ge=1)
+    """Largest sentence for this data set, instead of the recipe's: thousands of whole transcriptomes learn faster in smaller ones."""
     bases: dict[str, str] = {}
     """Base models for this data set alone, {name: model folder or models:/NAME@ALIAS}; they must not have seen it."""
 
