@@ -14,6 +14,11 @@ import cellplane  # noqa: F401  (sets the OpenMP waiting policy before torch is 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end."""
+    items.sort(key=lambda item: item.get_closest_marker("own_cluster") is None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real evaluation data beside the checkout; tests that need it skip when it is absent."""

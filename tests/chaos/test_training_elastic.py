@@ -22,7 +22,7 @@ from cellplane.tracking.journal import Journal
 from cellplane.train.launch import pretrain
 from cellplane.train.run_folder import RunFolder
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.own_cluster]
 
 STEPS, KEPT, LOST_AFTER = 40, 5, 8
 SAME = 1e-6
