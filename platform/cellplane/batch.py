@@ -147,9 +147,9 @@ def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path
         return _predict_whole(task, model, keys, paths, context)
     with CellReader(source) as reader:
         keys = known_keys(keys, reader.obs_columns, reader.obsm_keys)
-    stored = store_cells(source, predictor.vocabulary, keys, target.parent)
-    found = ANSWER[task](predictor, stored, context, target.parent)
     with answered_copy(source, target) as answers:
+        stored = store_cells(source, predictor.vocabulary, keys, target.parent)
+        found = ANSWER[task](predictor, stored, context, target.parent)
         for name, values in found.columns.items():
             answers.column(f"cellplm_{name}", values)
         answers.column("cellplm_flag", flag_column(stored.table))

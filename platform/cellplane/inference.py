@@ -26,6 +26,7 @@ from cellplane.artifact.smoothing import Smoothing
 from cellplane.cells import CellBatch
 from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in
 from cellplane.data.config import DataKeys
+from cellplane.data.loader import prefetch
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
 from cellplane.data.sources import AnnData, cell_table, gene_columns, read_h5ad
 from cellplane.errors import ConfigError, DataError, IntegrityError
@@ -135,7 +136,7 @@ class Predictor:
             if output.logits is None and judgement.voters is None:
                 raise IntegrityError("the model says it annotates but has no annotation head")
             z = output.latent.float().cpu().numpy()
-            proba = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z)
+            proba = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z, batch)
             strange = judgement.unknown_scores(proba, z, batch)
             labels, confidence = judgement.words(proba, strange, classes)
             seen = (batch.totals() > 0).numpy()
@@ -204,8 +205,9 @@ class Predictor:
         return mean_CG.float().cpu(), theta_G.float().cpu()
 
     def _forward(self, store: SentenceStore) -> Iterator[tuple[CellBatch, CellPLMOutput]]:
-        for sentences in packs(store.sizes, CELLS_PER_FORWARD):
-            batch = store.read(sentences)
+        asked = list(packs(store.sizes, CELLS_PER_FORWARD))
+        read = map(store.read, asked)
+        for batch in read if len(asked) < 2 else prefetch(read, ahead=1):  # the next pack is read while the network computes
             if batch.n_genes != len(self.folder.vocabulary):
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cellplane.artifact.folder import JUDGEMENT, JUDGEMENT_CELLS
-from cellplane.artifact.judgement import Judgement, Reference, Space, StrangerRule, Tree, mean_distance, rounded, stranger_features
+from cellplane.artifact.judgement import Judgement, Reference, StrangerRule, Tree, mean_distance, stranger_features
+from cellplane.artifact.space import Space, rounded
 from cellplane.cells import CellBatch
 from cellplane.data.sentences import CellTable, memory_store
 from cellplane.errors import DataError, FileFormatError

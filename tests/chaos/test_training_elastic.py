@@ -25,7 +25,7 @@ from cellplane.train.run_folder import RunFolder
 pytestmark = [pytest.mark.chaos, pytest.mark.own_cluster]
 
 STEPS, KEPT, LOST_AFTER = 40, 5, 8
-SAME = 1e-6
+SAME = 1e-5  # whoever was lost and when, which no plan decides; test_worlds holds chosen changes to 1e-6
 SHRINK_S = 120.0
 
 
@@ -39,10 +39,12 @@ class Node:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def lose(self) -> None:
-        """Ends the node's raylet, and so its workers, as a power cut would."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if child.name() == "raylet":
-                child.kill()
+        """Ends the node's raylet and its workers at the same moment, as a power cut would; they are gone when it returns."""
+        lost = psutil.Process(self.process.pid).children(recursive=True)
+        for process in lost:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        assert not psutil.wait_procs(lost, timeout=30)[1]
 
     def end(self) -> None:
         for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
@@ -137,7 +139,8 @@ class Storm(threading.Thread):
         (first,) = writers(self.folder)
         self.cluster.nodes[-1].lose()
         self.lost_ms = time.time() * 1000
-        os.kill(first, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # rank 0 was on the node that is gone
+            os.kill(first, signal.SIGCONT)
         self.first = first
 
     def _bring(self) -> None:

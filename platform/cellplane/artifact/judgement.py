@@ -19,47 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from scipy.spatial.distance import cdist
 
 from cellplane.artifact.folder import JUDGEMENT, JUDGEMENT_CELLS, pack_tensors, unpack_tensors
+from cellplane.artifact.linear import Linear
+from cellplane.artifact.space import HALF_FLOAT, Space, rounded
 from cellplane.cells import CellBatch
 from cellplane.errors import DataError, FileFormatError
 
 UNKNOWN = "unknown"  # the label of a cell that shows the model no counts, or that is refused
-HALF_FLOAT = 6e4  # largest value kept in 16 bits
 RULE = ("centre", "spread", "weights")
 CELLS_AT_A_TIME = 512  # whose distances to all reference cells are in memory: 40 MB at 20,000 of them
-
-
-@dataclass(frozen=True, eq=False)
-class Space:
-    """Main directions of the training cells' log counts: ``axes`` [G, Z], ``mean`` [G]; counts first scaled to ``total``, 0 = as they are.
-
-    Made without labels, so that types which were never learned keep their distance: the network's own z was trained to
-    see only what tells the known types apart.
-    """
-
-    axes: NDArray[np.float32]
-    mean: NDArray[np.float32]
-    total: float = 0.0
-
-    def places(self, batch: CellBatch) -> NDArray[np.float32]:
-        """Where cells lie, [C, Z]; a gene that was not measured counts as average."""
-        crow, panels = batch.crow.numpy(), batch.panels.numpy()
-        values = self.scaled(crow, batch.value.numpy())
-        matrix = sparse.csr_matrix((values, batch.gene.numpy(), crow), shape=(batch.n_cells, len(self.mean)))
-        average = (panels * self.mean) @ self.axes
-        out: NDArray[np.float32] = (matrix @ self.axes - average[batch.panel_index.numpy()]).astype(np.float32)
-        return out
-
-    def scaled(self, crow: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """log1p of counts, [nnz], each cell's scaled to the total."""
-        if self.total:
-            cell = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
-            totals = np.bincount(cell, weights=values, minlength=len(crow) - 1)
-            values = values * (self.total / totals.clip(1e-9)).astype(np.float32)[cell]
-        return np.log1p(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +116,8 @@ class Judgement:
     """What is known of a model's answers; the default takes them as they are, as models saved before this was learned.
 
     ``reference`` lies in ``space``, or in z where that is None. ``voters`` (in z): the classes come from their vote, the
-    network has no head. ``reject``: strangers are called unknown, at ``refusal_rate`` of the known cells.
+    network has no head. ``linear`` answers together with either. ``reject``: strangers are called unknown, at
+    ``refusal_rate`` of the known cells.
     """
 
     temperature: float = 1.0
@@ -154,6 +125,7 @@ class Judgement:
     rule: StrangerRule | None = None
     space: Space | None = None
     voters: Reference | None = None
+    linear: Linear | None = None
     tree: Tree = Tree()
     reject: bool = False
     refusal_rate: float = 0.05
@@ -171,6 +143,7 @@ class Judgement:
                 rule=StrangerRule(known=cells["known"], **{name: np.array(plain["rule"][name]) for name in RULE}),
                 space=Space(cells["axes"].astype(np.float32), cells["mean"], plain["total"]) if "axes" in cells else None,
                 voters=_reference(cells, "voters", plain["voting"]) if plain["voting"] else None,
+                linear=Linear.of(plain["linear"], cells) if "linear" in plain else None,
                 tree=Tree(plain["tree"]["parents"], plain["tree"]["threshold"]),
                 **{name: plain[name] for name in ("temperature", "reject", "refusal_rate")},
             )
@@ -191,18 +164,29 @@ class Judgement:
             "tree": asdict(self.tree),
             "rule": {name: getattr(self.rule, name).tolist() for name in RULE},
         }
+        plain |= {} if self.linear is None else {"linear": self.linear.plain()}
         columns = {"known": self.rule.known, **_columns(self.reference, "reference")}
         columns |= {} if self.voters is None else _columns(self.voters, "voters")
+        columns |= {} if self.linear is None else self.linear.columns()
         columns |= {} if self.space is None else {"axes": self.space.axes.astype(np.float16), "mean": self.space.mean}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         return {JUDGEMENT: (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode(), JUDGEMENT_CELLS: pack_tensors(tensors)}
 
-    def probabilities(self, logits: NDArray[np.float32] | None, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Calibrated probability of every class, [C, K], from the head's logits or, without a head, the neighbours' vote."""
+    def probabilities(
+        self, logits: NDArray[np.float32] | None, z: NDArray[np.float32], batch: CellBatch | None = None
+    ) -> NDArray[np.float32]:
+        """Calibrated probability of every class, [C, K], from the head's logits or, without a head, the neighbours' vote.
+
+        A ``linear`` member reads the counts of the ``batch``. DataError without it, and for a model that names no types.
+        """
         if self.voters is not None:
             logits = self.voters.votes(z)
         if logits is None:
             raise DataError("the model has neither an annotation head nor reference cells: it cannot name cell types")
+        if self.linear is not None:
+            if batch is None:
+                raise DataError("this model's linear member reads counts: pass the batch that the logits are of")
+            logits = self.linear.mixed(logits, batch)
         proba: NDArray[np.float32] = torch.from_numpy(logits / np.float32(self.temperature)).softmax(-1).numpy()
         return proba
 
@@ -230,12 +214,6 @@ class Judgement:
                 raise DataError("this model was fitted before strangers could be refused; fit it again, or leave reject off")
             labels = np.where(scores > self.rule.threshold(self.refusal_rate), UNKNOWN, labels).astype(object)
         return labels, confidence
-
-
-def rounded(values: NDArray[Any]) -> NDArray[np.float32]:
-    """As they will be after saving: in 16 bits where these can hold them."""
-    fits = np.abs(values).max(initial=0) < HALF_FLOAT
-    return (values.astype(np.float16) if fits else values).astype(np.float32)
 
 
 def _columns(cells: Reference, name: str) -> dict[str, NDArray[Any]]:

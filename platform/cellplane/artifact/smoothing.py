@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 
 from cellplane.artifact.folder import SMOOTHING, SMOOTHING_CELLS, pack_tensors, unpack_tensors
-from cellplane.artifact.judgement import Space
+from cellplane.artifact.space import Space
 from cellplane.cells import CellBatch
 from cellplane.errors import FileFormatError
 

@@ -7,8 +7,10 @@ anndata 0.8 keep their tables in another form; `takes_answers` tells, and they a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +29,12 @@ CHUNK_BYTES = 1 << 20
 class Answers:
     """What is added to a file; what had the same name is replaced."""
 
-    def __init__(self, file: h5py.File) -> None:
-        self._file = file
+    def __init__(self, open_copy: Callable[[], h5py.File]) -> None:
+        self._open_copy = open_copy
+
+    @cached_property
+    def _file(self) -> h5py.File:
+        return self._open_copy()
 
     def column(self, name: str, values: Any) -> None:
         """A column of obs, an array or Categorical [n]; None removes it."""
@@ -77,8 +83,17 @@ def takes_answers(path: Path) -> bool:
 
 @contextmanager
 def answered_copy(source: Path, target: Path) -> Iterator[Answers]:
-    """``target`` becomes ``source`` with what the block adds, whole or not at all; StorageError when the disk is full."""
-    with atomic_file(target) as temporary:
-        shutil.copyfile(source, temporary)
-        with FileSink(temporary, "r+b") as sink, quiet(), h5py.File(sink, "r+") as file:
-            yield Answers(file)
+    """``target`` becomes ``source`` with what the block adds, whole or not at all; StorageError when the disk is full.
+
+    The copy is made beside what the block does, which waits for it when it adds something.
+    """
+    with atomic_file(target) as temporary, ExitStack() as stack:
+        copying = stack.enter_context(ThreadPoolExecutor(1)).submit(shutil.copyfile, source, temporary)
+
+        def open_copy() -> h5py.File:
+            copying.result()
+            return stack.enter_context(h5py.File(stack.enter_context(FileSink(temporary, "r+b")), "r+"))
+
+        stack.enter_context(quiet())
+        yield Answers(open_copy)
+        copying.result()

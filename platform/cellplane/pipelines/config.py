@@ -85,6 +85,8 @@ class AnnotationConfig(FitConfig):
     members: int = Field(1, ge=1)
     """Networks fitted from as many seeds, each with validation cells of its own, whose probabilities are averaged: slower by that
     factor, and better where cells are few. Confidence is calibrated on the first, so the mean claims rather less than it could."""
+    linear: bool = False
+    """A logistic regression on log counts answers with the network, tuned within the training cells; the validation cells set its share."""
     max_cells: int = Field(2048, ge=1)
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)

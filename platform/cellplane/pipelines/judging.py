@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
-from cellplane.artifact.judgement import Judgement, Space, Tree
+from cellplane.artifact.judgement import Judgement, Tree
 from cellplane.data.sentences import MemoryStore
 from cellplane.errors import ConfigError
 from cellplane.inference import Predictor
@@ -19,7 +19,8 @@ from cellplane.pipelines.base import as_config
 from cellplane.pipelines.calibration import fit_temperature
 from cellplane.pipelines.config import AnnotationConfig, HierarchyConfig, UnknownConfig
 from cellplane.pipelines.hierarchy import label_tree, read_parents
-from cellplane.pipelines.unknown import Seen, fit_rule, fit_space, reference_of
+from cellplane.pipelines.linear_member import fit_linear
+from cellplane.pipelines.unknown import Seen, fit_rule, fit_space, places_in, reference_of
 
 
 def check_judging(config: AnnotationConfig, classes: Sequence[str]) -> None:
@@ -45,9 +46,13 @@ def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore], config:
     if config.method == "neighbours":
         voters = reference_of(training, config.voting.neighbours, config.voting.cells_per_class, config.seed)
         held_out = replace(held_out, logits=voters.votes(held_out.z))
+    linear = None
+    if config.linear:
+        linear, both = fit_linear(stores, held_out.logits, config.seed, calibrated=config.calibrate)
+        held_out = replace(held_out, logits=both)
     space = fit_space(stores[0].table, config.seed) if config.unknown.space == "expression" else None
     if space is not None:
-        training, held_out = (replace(cells, z=_places(space, store)) for cells, store in zip((training, held_out), stores, strict=True))
+        training, held_out = (replace(cells, z=places_in(space, store)) for cells, store in zip((training, held_out), stores, strict=True))
     reference = reference_of(training, config.unknown.neighbours, config.unknown.cells_per_class, config.seed)
     temperature = fit_temperature(held_out.logits, held_out.label) if config.calibrate else 1.0
     judgement = Judgement(
@@ -59,6 +64,7 @@ def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore], config:
         refusal_rate=config.unknown.refusal_rate,
         space=space,
         voters=voters,
+        linear=linear,
     )
     return replace(folder, attachments={**folder.attachments, **judgement.attachments()})
 
@@ -68,15 +74,6 @@ def _seen(predictor: Predictor, store: MemoryStore) -> Seen:
     assert store.table.labels is not None
     logits, z = predictor.logits(store)
     return Seen(logits, z, np.asarray(store.table.labels))
-
-
-def _places(space: Space, store: MemoryStore) -> NDArray[np.float32]:
-    """Where a store's cells lie, in the order of its table."""
-    out = np.zeros((store.table.n_cells, space.axes.shape[1]), dtype=np.float32)
-    for sentence in range(len(store.sentences)):
-        batch = store.read([sentence])
-        out[batch.row.numpy()] = space.places(batch)
-    return out
 
 
 def asked_judgement(own: Judgement, config: AnnotationConfig | Mapping[str, Any] | None, classes: Sequence[str]) -> Judgement:

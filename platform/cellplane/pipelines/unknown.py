@@ -26,8 +26,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from cellplane.artifact.judgement import Reference, Space, StrangerRule, mean_distance, rounded, stranger_features
-from cellplane.data.sentences import CellTable
+from cellplane.artifact.judgement import Reference, StrangerRule, mean_distance, stranger_features
+from cellplane.artifact.space import Space, rounded
+from cellplane.data.sentences import CellTable, MemoryStore
 from cellplane.pipelines.baselines import PANEL_GENES
 from cellplane.pipelines.config import UnknownConfig
 from cellplane.seeds import keyed_seed
@@ -64,6 +65,15 @@ def fit_space(table: CellTable, seed: int, components: int = COMPONENTS) -> Spac
     with threadpool_limits(limits=1):
         pca = PCA(components, svd_solver="arpack", random_state=seed).fit(matrix)
     return Space(rounded(pca.components_.T), pca.mean_.astype(np.float32), plain.total)
+
+
+def places_in(space: Space, store: MemoryStore) -> NDArray[np.float32]:
+    """Where a store's cells lie, in the order of its table."""
+    out = np.zeros((store.table.n_cells, space.axes.shape[1]), dtype=np.float32)
+    for sentence in range(len(store.sentences)):
+        batch = store.read([sentence])
+        out[batch.row.numpy()] = space.places(batch)
+    return out
 
 
 def reference_of(cells: Seen, neighbours: int, cells_per_class: int, seed: int) -> Reference:
