@@ -11,6 +11,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.counts import describe, recover
 from cellplane.data.files import storage_errors
 from cellplane.data.gene_mapping import GeneRules
+from cellplane.data.loader import prefetch
 from cellplane.data.looking import look
 from cellplane.data.naming import best_naming, default_naming, gene_namings, to_vocabulary
 from cellplane.data.reader import CellReader
@@ -148,7 +150,8 @@ def store_cells(path: Path, vocabulary: GeneVocabulary, keys: DataKeys, folder: 
         batch = None
         if keys.batch_key is not None:
             batch = complete(_shared_text(reader.obs(keys.batch_key)), keys.batch_key)
-        laid = _lay_down(_counts(reader, place, recovered), alignment, reader.n_cells, folder)
+        with closing(prefetch(_counts(reader, place, recovered), ahead=1)) as parts:  # read and checked by a thread, laid down here
+            laid = _lay_down(parts, alignment, reader.n_cells, folder)
         table = StoredTable(
             crow=laid.crow,
             gene=np.zeros(0, dtype=np.int64),
@@ -218,9 +221,8 @@ def _lay_down(parts: Iterator[Counted], alignment: GeneAlignment, n_cells: int, 
         there = slice(row, row + rows.shape[0])
         lengths[there.start + 1 : there.stop + 1] = np.diff(rows.indptr)
         empty[there] = np.diff(matrix.indptr) == 0
-        cell = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-        value = rows.data.astype(np.float32)
-        sums[there] = np.bincount(cell, weights=value, minlength=rows.shape[0])
+        value = rows.data.astype(np.float32, copy=False)
+        sums[there] = rows @ np.ones(rows.shape[1])
         genes.append(rows.indices, at)
         values.append(value, at)
         at, row, deviation = at + len(value), there.stop, max(deviation, off)
