@@ -16,7 +16,9 @@ PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"`([^`\n]+)`", PAGE)
 
 
-@pytest.mark.parametrize("name", ["um_per_unit", "guard", "bases", "recipe", "control_seeds", "gene_start: components", "members"])
+@pytest.mark.parametrize(
+    "name", ["um_per_unit", "guard", "bases", "recipe", "control_seeds", "gene_start: components", "members", "linear"]
+)
 def test_a_key_on_the_page_is_one_of_a_protocol_or_recipe(name):
     assert name in QUOTED
     schemas = (AnnotationProtocol, EmbeddingProtocol, EvaluatedData, AnnotationConfig)

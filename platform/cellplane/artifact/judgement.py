@@ -125,10 +125,10 @@ class Judgement:
     rule: StrangerRule | None = None
     space: Space | None = None
     voters: Reference | None = None
-    linear: Linear | None = None
     tree: Tree = Tree()
     reject: bool = False
     refusal_rate: float = 0.05
+    linear: Linear | None = None
 
     @classmethod
     def of(cls, attachments: Mapping[str, bytes]) -> Judgement:

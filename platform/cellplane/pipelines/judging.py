@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.judgement import Judgement, Tree
