@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.golden import Golden
 from cellplane.data.sentences import CellTable, MemoryStore
-from cellplane.inference import Predictor
+from cellplane.inference import TASKS, Predictor
 
 SIZES = (1, 4, 7)  # a lone cell, and two contexts
 GENES_PER_CELL = 200  # as many as a shallow cell shows
@@ -18,7 +18,12 @@ SEED = 20_240  # of the made-up cells; any would do
 
 
 def with_golden(folder: ModelFolder) -> ModelFolder:
-    """The model with its answers on made-up cells attached; identity and weights stay as they are."""
+    """The model with its answers on made-up cells attached; identity and weights stay as they are.
+
+    A model that is not served, as it needs more than cells (a reference, a perturbation), stays without.
+    """
+    if "embed" not in TASKS[folder.task]:
+        return folder
     cells = _cells(len(folder.vocabulary))
     store = _store(cells, len(folder.vocabulary))
     golden = replace(cells, answers=golden_answers(Predictor(folder), store))
