@@ -255,7 +255,9 @@ class Router:
 
 def _came_back() -> bool:
     """Whether this process is an actor that Ray started again."""
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:  # a driver: Ray complains when asked further
+        return False
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def get_router() -> Any:
