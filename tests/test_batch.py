@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import new_model
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
+from cellplane.pipelines.denoising import DenoisingPipeline
 from cellplane.pipelines.embedding import CellEmbeddingPipeline
 from tests.tiny import TINY, tiny_folder
 
@@ -135,6 +137,40 @@ def test_the_context_that_is_asked_for_is_the_estimators(model, tmp_path, contex
     assert found.uns["cellplm"]["context"].startswith(context)
     expected = pipeline.predict_proba(read_h5ad(tmp_path / "in.h5ad"), context=context)
     np.testing.assert_allclose(found.obsm["cellplm_cell_type_proba"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["a model that tells strangers", "one that does not"])
+def test_a_file_gets_what_the_estimator_writes_and_nothing_of_an_earlier_model_stays(model, tmp_path, learned):
+    cells = simulate(SimulateConfig(n_cells=80, n_genes=40, n_types=3))
+    if learned:
+        config = {"model": {"width": 16, "n_heads": 2, "n_blocks": 1}, "optimizer": {"steps": 3}, "keys": {"labels_key": "cell_type"}}
+        model = CellTypeAnnotationPipeline(config=config).fit(cells).save(tmp_path / "learned")
+    cells.X = cells.X.multiply(np.arange(80)[:, None] > 0).tocsr()  # the first one shows the model nothing
+    cells.obs["cellplm_unknown_score"], cells.obs["cellplm_flag"] = 7.0, "old"
+    write_h5ad(cells, tmp_path / "in.h5ad")
+    predict_file("annotate", model, KEYS, (tmp_path / "in.h5ad", tmp_path / "out.h5ad"))
+    found, expected = read_h5ad(tmp_path / "out.h5ad"), expected_of(model, tmp_path / "in.h5ad")
+    assert sorted(found.obs.columns) == sorted(expected.obs.columns)
+    assert ("cellplm_unknown_score" in found.obs) == learned
+    pd.testing.assert_frame_equal(found.obs[expected.obs.columns], expected.obs, check_dtype=False, check_categorical=False, atol=1e-5)
+    assert found.uns["cellplm"].keys() == expected.uns["cellplm"].keys()
+
+
+def test_counts_in_raw_alone_are_denoised_for_the_genes_of_the_file(tmp_path):
+    base = simulate(SimulateConfig(n_cells=40, n_genes=40, n_types=3))
+    folder = DenoisingPipeline(config={"optimizer": {"steps": 2}}).fit(base).save(tmp_path / "denoiser")
+    cells = AnnData(X=None, obs=base.obs.copy(), var=base.var.iloc[::-2].copy())
+    cells.raw = base
+    write_h5ad(cells, tmp_path / "in.h5ad")
+    assert predict_file("denoise", folder, DataKeys(), (tmp_path / "in.h5ad", tmp_path / "out.h5ad")) == 40
+    rates = read_h5ad(tmp_path / "out.h5ad").layers["cellplm_denoised"]
+    predict_file("denoise", folder, DataKeys(), (_whole(base, tmp_path), tmp_path / "all.h5ad"))
+    np.testing.assert_allclose(rates, read_h5ad(tmp_path / "all.h5ad").layers["cellplm_denoised"][:, ::-2], rtol=1e-4)
+
+
+def _whole(cells: AnnData, folder: Path) -> Path:
+    write_h5ad(cells, folder / "whole.h5ad")
+    return folder / "whole.h5ad"
 
 
 def test_a_file_of_an_old_version_is_answered_in_the_present_form(model, tmp_path):

@@ -26,11 +26,10 @@ from cellplane.data.company import Context, store_in
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
 from cellplane.data.inputs import check_answers
-from cellplane.data.sources import CellReader, check_h5ad, read_h5ad, write_h5ad
+from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad, write_h5ad
 from cellplane.data.stored import DiskRows, Stored, store_cells
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
 from cellplane.inference import (
-    RATES_PER,
     TASKS,
     BatchedStore,
     Predictor,
@@ -38,7 +37,7 @@ from cellplane.inference import (
     batches_of,
     decoded_in,
     flag_column,
-    known_keys,
+    rates_of,
     record,
 )
 from cellplane.tracking.registry import resolve_model
@@ -182,8 +181,8 @@ def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) 
     ordered = [*classes, *others]
     place = np.array([ordered.index(name) for name in names], dtype=np.int32)
     labels = pd.Categorical.from_codes(place[codes] if n else codes, categories=pd.Index(ordered))
-    scores = {} if predictor.judgement.rule is None else {"unknown_score": strange}
-    return _Found({"cell_type": labels, "confidence": confidence, **scores}, proba, told)
+    score = None if predictor.judgement.rule is None else strange  # None: an earlier model's is removed
+    return _Found({"cell_type": labels, "confidence": confidence, "unknown_score": score}, proba, told)
 
 
 def _embed(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
@@ -198,12 +197,9 @@ def _denoise(predictor: Predictor, stored: Stored, context: str, folder: Path) -
     if context != "own":
         raise ConfigError("denoising reads cells in the context own, with their batch; leave context out")
     store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells)
-    known = stored.columns >= 0
-    rates = DiskRows((stored.table.n_cells, len(known)), np.float32, folder)
+    rates = DiskRows((stored.table.n_cells, len(stored.columns)), np.float32, folder)
     for rows, shares in predictor.rates(store, decoded_in(predictor.folder, store, None)):
-        block = np.full((len(rows), len(known)), np.nan, dtype=np.float32)
-        block[:, known] = RATES_PER * shares[:, stored.columns[known]]
-        rates[rows] = block
+        rates[rows] = rates_of(shares, stored.columns)
     _, told = store_in("own", stored.table, predictor.max_cells)
     return _Found({"size_factor": stored.table.totals().astype(np.float32)}, rates, told)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.loader import prefetch
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
 from cellplane.data.sources import AnnData, cell_table, gene_columns, read_h5ad
+from cellplane.data.sources import query_keys as query_keys
 from cellplane.errors import ConfigError, DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
@@ -306,25 +307,16 @@ def read_cells(
     return Read(shared, {**report, "context": told})
 
 
-def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
-    """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
-    return known_keys(keys, data.obs, data.obsm)
-
-
-def known_keys(keys: DataKeys, obs: Container[str], obsm: Container[str]) -> DataKeys:
-    """The same for data that have these columns and these entries of obsm."""
-    batch = keys.batch_key if keys.batch_key in obs else None
-    spatial = keys.spatial_key if keys.spatial_key in obsm else None
-    return keys.model_copy(update={"labels_key": None, "batch_key": batch, "spatial_key": spatial})
-
-
 def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
     """Writes labels (categorical), confidence, probabilities and, where known, the unknown score under our usual keys."""
     others = sorted({str(label) for label in annotation.labels} - {*annotation.classes})  # unknown, and broader names
     data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *others])
     data.obs[f"{key_added}_confidence"] = annotation.confidence
+    score = f"{key_added}_unknown_score"
+    if score in data.obs:  # an earlier model's
+        del data.obs[score]
     if annotation.unknown_score is not None:
-        data.obs[f"{key_added}_unknown_score"] = annotation.unknown_score
+        data.obs[score] = annotation.unknown_score
     data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
 
 
@@ -372,11 +364,18 @@ def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: s
     table, report = cell_table(data, folder.vocabulary, keys)
     store = BatchedStore.of(table, batches_of(folder), folder.max_cells)
     columns = gene_columns(data, keys, folder.vocabulary)
-    known = columns >= 0
-    rates = np.full((table.n_cells, len(columns)), np.nan, dtype=np.float32)
+    rates = np.empty((table.n_cells, len(columns)), dtype=np.float32)
     for rows, shares in predictor.rates(store, decoded_in(folder, store, target_batch)):
-        rates[np.ix_(rows, known)] = RATES_PER * shares[:, columns[known]]
+        rates[rows] = rates_of(shares, columns)
     return Denoised(rates, table, report)
+
+
+def rates_of(shares: NDArray[np.float32], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Shares [c, G] as rates per 10,000 of a file's columns [c, n_vars]; NaN where the vocabulary has no place (-1)."""
+    known = columns >= 0
+    rates = np.full((len(shares), len(columns)), np.nan, dtype=np.float32)
+    rates[:, known] = RATES_PER * shares[:, columns[known]]
+    return rates
 
 
 def batches_of(folder: ModelFolder) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cellplane.benchmark.environments import environment
 from cellplane.benchmark.model import conditions
-from cellplane.benchmark.report import Figure, at_least, at_most
+from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
 from cellplane.benchmark.sides import Rounds, Side, alternate
 from cellplane.errors import BenchmarkError
 
@@ -55,9 +55,8 @@ class DataBenchmark:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cellplane-benchmark-"))
             ours, converter = (stack.enter_context(Side("ours", module, None, self.threads)) for module in (OURS, CONVERTER))
             files = Files(self, Path(folder), ours, converter)
-            for name, part in PARTS.items():
-                if name in self.only or (not self.only and name not in ON_REQUEST):
-                    yield from part(self, files)
+            for part in asked_parts(PARTS, self.only, ON_REQUEST):
+                yield from part(self, files)
 
     def complete(self, answer: dict[str, Any], side: str) -> dict[str, Any]:
         """The same answer; BenchmarkError when a side did not read every cell."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cellplane.benchmark.environments import environment
-from cellplane.benchmark.report import Figure, at_least, at_most
+from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
 from cellplane.benchmark.sides import Rounds, Side, alternate
 
 GENES = 19_374  # of the released 85M checkpoint
@@ -40,9 +40,8 @@ class ModelBenchmark:
         """Every figure as soon as it is known. Raises BenchmarkError when a side fails."""
         python = self.original_python or environment("original")
         with tempfile.TemporaryDirectory(prefix="cellplane-benchmark-") as folder:
-            for name, part in PARTS.items():
-                if not self.only or name in self.only:
-                    yield from part(self, python, Path(folder))
+            for part in asked_parts(PARTS, self.only):
+                yield from part(self, python, Path(folder))
 
     def original(self, python: Path, folder: Path) -> Side:
         """The released package with the cells, its checkpoint written to ``folder``."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplane.benchmark.model import conditions
-from cellplane.benchmark.report import Figure, at_least, at_most
+from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
 from cellplane.benchmark.sides import Side, alternate
 from cellplane.config import find_config, read_yaml
 
@@ -40,9 +40,8 @@ class PredictBenchmark:
 
     def run(self) -> Iterator[Figure]:
         """Every figure as soon as it is known. Raises BenchmarkError when a process fails."""
-        for name, part in PARTS.items():
-            if not self.only or name in self.only:
-                yield from part(self)
+        for part in asked_parts(PARTS, self.only):
+            yield from part(self)
 
 
 def speed(plan: PredictBenchmark) -> Iterator[Figure]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ def at_least(name: str, value: float | None, limit: float, unit: str = "x") -> F
 def at_most(name: str, value: float | None, limit: float, unit: str) -> Figure:
     """A figure with an upper limit."""
     return Figure(name, value, unit, f"<= {limit:g}", None if value is None else value <= limit)
+
+
+def asked_parts(parts: Mapping[str, Part], only: Sequence[str], left_out: Sequence[str] = ()) -> Iterator[Part]:
+    """The parts of a measurement that were asked for; where none was, all but those ``left_out``."""
+    return (part for name, part in parts.items() if (name in only if only else name not in left_out))
 
 
 def machine() -> dict[str, Any]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
-from cellplane.benchmark.report import Figure, at_least, at_most
+from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
 from cellplane.benchmark.serve_load import LOST, Answered, Order
 from cellplane.client import Client, WireCells
 from cellplane.data.config import DataKeys, SimulateConfig
@@ -66,9 +66,8 @@ class ServeBenchmark:
         """Every figure as soon as it is known. Raises BenchmarkError when the stack does not start."""
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
         with _endpoint() as endpoint:
-            for name, part in PARTS.items():
-                if not self.only or name in self.only:
-                    yield from part(self, endpoint)
+            for part in asked_parts(PARTS, self.only):
+                yield from part(self, endpoint)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplane.benchmark.model import conditions
-from cellplane.benchmark.report import Figure, at_most
+from cellplane.benchmark.report import Figure, asked_parts, at_most
 from cellplane.benchmark.sides import Rounds, Side, alternate
 from cellplane.config import find_config, load_config, read_yaml
 from cellplane.train.config import PretrainConfig
@@ -69,9 +69,8 @@ class TrainBenchmark:
 
     def run(self) -> Iterator[Figure]:
         """Every figure as soon as it is known. Raises BenchmarkError when a process fails."""
-        for name, part in PARTS.items():
-            if not self.only or name in self.only:
-                yield from part(self)
+        for part in asked_parts(PARTS, self.only):
+            yield from part(self)
 
     def wants(self, case: Case) -> bool:
         """Whether this model was asked for."""

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from cellplane.data.counts import describe, recover
+from cellplane.data.looking import NotCountsError, counts_at
 from cellplane.data.reader import CellReader
 
-SAMPLE_CELLS = 256  # read at the beginning, the middle and the end to see what a place holds, as the converter does
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 NAMES_AT_ONCE = 100_000
 DOUBLET_MADS = 4.0  # median absolute deviations of log library size above the median
@@ -40,13 +38,6 @@ class Scan:
     wrong: str | None = field(default=None)
 
 
-def sample(reader: CellReader, place: str) -> sp.csr_matrix:
-    """Rows of the beginning, the middle and the end."""
-    cells = reader.n_cells
-    starts = sorted({max(0, min(start, cells - SAMPLE_CELLS)) for start in (0, cells // 2, cells - SAMPLE_CELLS)})
-    return sp.vstack([reader.rows(place, start, min(start + SAMPLE_CELLS, cells)) for start in starts], format="csr")
-
-
 def scan(reader: CellReader, place: str, recovered: bool, progress: Callable[[int], None]) -> Scan:
     """One pass over all cells, some tens of MB at a time; it ends early at the first values that are no counts.
 
@@ -54,25 +45,17 @@ def scan(reader: CellReader, place: str, recovered: bool, progress: Callable[[in
     """
     cells, columns = reader.n_cells, reader.matrix(place).shape[1]
     found = Scan(np.zeros(cells), np.zeros(cells, dtype=np.int64), np.zeros(columns))
-    known = reader.totals() if recovered else None
-    for low, rows in reader.parts(place, 0, cells):
-        matrix = rows.matrix(columns, place)
-        high = low + matrix.shape[0]
-        if recovered:
-            again = recover(matrix, None if known is None else known[low:high])
-            if again is None:
-                found.wrong = f"the counts of cells {low} to {high} in {place} do not come back exactly"
-                return found
-            matrix, found.deviation = again.matrix, max(found.deviation, again.deviation)
-        elif finding := describe(matrix, place, low):
-            found.wrong = f"{place} begins like counts, but cells {low} to {high} hold {finding}"
-            return found
-        found.totals[low:high] = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
-        found.detected[low:high] = np.diff(matrix.indptr)
-        found.gene_totals += np.bincount(matrix.indices, weights=matrix.data, minlength=columns)
-        found.entries += matrix.nnz
-        found.largest = max(found.largest, float(matrix.data.max(initial=0)))
-        progress(high)
+    try:
+        for low, matrix, deviation in counts_at(reader, place, recovered):
+            high, found.deviation = low + matrix.shape[0], max(found.deviation, deviation)
+            found.totals[low:high] = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
+            found.detected[low:high] = np.diff(matrix.indptr)
+            found.gene_totals += np.bincount(matrix.indices, weights=matrix.data, minlength=columns)
+            found.entries += matrix.nnz
+            found.largest = max(found.largest, float(matrix.data.max(initial=0)))
+            progress(high)
+    except NotCountsError as error:
+        found.wrong = str(error)
     return found
 
 

@@ -168,6 +168,11 @@ class CellReader:
             raise IntegrityError(f"{self.path}: {len(var)} genes are named for the {columns} columns of {place}; write the file again")
         return var
 
+    @property
+    def gene_names(self) -> list[str]:
+        """Names of var, which X and the layers have, whether or not there is an X."""
+        return [str(name) for name in (self._adata.var if self._adata is not None else self._element("var")).index]
+
     def _of_cells(self, name: str) -> Any:
         found = self._element(name)
         if len(found) != self.n_cells:

@@ -6,7 +6,7 @@ vocabulary knows best. Others take the AnnData type from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -199,3 +199,15 @@ def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> N
         return alignment.positions
     place = dict(zip(map(str, data.raw.var_names), alignment.positions.tolist(), strict=True))
     return np.array([place.get(str(name), -1) for name in data.var_names], dtype=np.int64)
+
+
+def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
+    """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
+    return known_keys(keys, data.obs, data.obsm)
+
+
+def known_keys(keys: DataKeys, obs: Container[str], obsm: Container[str]) -> DataKeys:
+    """The same for data that have these columns and these entries of obsm."""
+    batch = keys.batch_key if keys.batch_key in obs else None
+    spatial = keys.spatial_key if keys.spatial_key in obsm else None
+    return keys.model_copy(update={"labels_key": None, "batch_key": batch, "spatial_key": spatial})

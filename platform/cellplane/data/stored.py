@@ -10,7 +10,7 @@ import itertools
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +22,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from cellplane.data.columns import as_names, complete
 from cellplane.data.config import DataKeys
-from cellplane.data.counts import describe, recover
 from cellplane.data.files import storage_errors
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.loader import prefetch
-from cellplane.data.looking import look
+from cellplane.data.looking import NotCountsError, counts_at, look
 from cellplane.data.naming import best_naming, default_naming, gene_namings, to_vocabulary
 from cellplane.data.reader import CellReader
 from cellplane.data.sentences import CellTable
-from cellplane.errors import DataError
 from cellplane.genes import GeneAlignment, GeneVocabulary
 
-ROWS_AT_ONCE = 8192
 WRITE_BYTES = 1 << 30  # of one system call, which writes 2 GiB at most
 
 
@@ -150,8 +147,11 @@ def store_cells(path: Path, vocabulary: GeneVocabulary, keys: DataKeys, folder: 
         batch = None
         if keys.batch_key is not None:
             batch = complete(_shared_text(reader.obs(keys.batch_key)), keys.batch_key)
-        with closing(prefetch(_counts(reader, place, recovered), ahead=1)) as parts:  # read and checked by a thread, laid down here
-            laid = _lay_down(parts, alignment, reader.n_cells, folder)
+        try:
+            with closing(prefetch(counts_at(reader, place, recovered), ahead=1)) as parts:  # read and checked by a thread, laid down here
+                laid = _lay_down(parts, alignment, reader.n_cells, folder)
+        except NotCountsError as error:
+            raise NotCountsError(f"{path}: {error}; use raw counts") from None
         table = StoredTable(
             crow=laid.crow,
             gene=np.zeros(0, dtype=np.int64),
@@ -175,31 +175,9 @@ def _shared_text(values: Any) -> NDArray[np.object_]:
 
 
 def _places_in_x(reader: CellReader, alignment: GeneAlignment) -> NDArray[np.int64]:
-    """Vocabulary positions of X's columns where the counts lie in raw."""
+    """Vocabulary positions of the file's own genes where the counts lie in raw, which may have others."""
     place = dict(zip(map(str, reader.var("raw.X").index), alignment.positions.tolist(), strict=True))
-    names: Sequence[str] = [str(name) for name in (reader.var("X") if "X" in reader.places else reader.var("raw.X")).index]
-    return np.array([place.get(name, -1) for name in names], dtype=np.int64)
-
-
-Counted = tuple[sp.csr_matrix, float]  # some rows, and the largest deviation of recovered counts
-
-
-def _counts(reader: CellReader, place: str, recovered: bool) -> Iterator[Counted]:
-    """The counts at a place, range by range; DataError where they are none."""
-    totals, n_columns = (reader.totals() if recovered else None), reader.matrix(place).shape[1]
-    for start in range(0, reader.n_cells, ROWS_AT_ONCE):
-        for first, raw in reader.parts(place, start, min(start + ROWS_AT_ONCE, reader.n_cells)):
-            matrix = raw.matrix(n_columns, place)
-            if not recovered:
-                if (wrong := describe(matrix, place, first)) is not None:
-                    raise DataError(f"{reader.path}: {place} begins as counts, but from cell {first} on it is {wrong}")
-                yield matrix, 0.0
-                continue
-            last = first + matrix.shape[0]
-            again = recover(matrix, None if totals is None else totals[first:last])
-            if again is None:
-                raise DataError(f"{reader.path}: counts of cells {first} to {last} in {place} do not come back exactly; use raw counts")
-            yield again.matrix, again.deviation
+    return np.array([place.get(name, -1) for name in reader.gene_names], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -211,12 +189,12 @@ class _Laid:
     deviation: float
 
 
-def _lay_down(parts: Iterator[Counted], alignment: GeneAlignment, n_cells: int, folder: Path) -> _Laid:
+def _lay_down(parts: Iterable[tuple[int, sp.csr_matrix, float]], alignment: GeneAlignment, n_cells: int, folder: Path) -> _Laid:
     genes, values = (DiskRows((0,), kind, folder) for kind in (np.int32, np.float32))
     lengths, sums = np.zeros(n_cells + 1, dtype=np.int64), np.zeros(n_cells)
     empty = np.zeros(n_cells, dtype=bool)
-    at, row, deviation = 0, 0, 0.0
-    for matrix, off in parts:
+    at, deviation = 0, 0.0
+    for row, matrix, off in parts:
         rows = to_vocabulary(matrix, alignment)
         there = slice(row, row + rows.shape[0])
         lengths[there.start + 1 : there.stop + 1] = np.diff(rows.indptr)
@@ -225,5 +203,5 @@ def _lay_down(parts: Iterator[Counted], alignment: GeneAlignment, n_cells: int, 
         sums[there] = rows @ np.ones(rows.shape[1])
         genes.append(rows.indices, at)
         values.append(value, at)
-        at, row, deviation = at + len(value), there.stop, max(deviation, off)
+        at, deviation = at + len(value), max(deviation, off)
     return _Laid(np.cumsum(lengths), empty, sums, (genes, values), deviation)

@@ -22,10 +22,11 @@ from cellplane.data.config import ConvertConfig, DataKeys
 from cellplane.data.counts import choose, describe
 from cellplane.data.gene_mapping import GeneRules, count_shares, gene_namings, species_of
 from cellplane.data.gene_tables import installed_tables
+from cellplane.data.looking import sample
 from cellplane.data.manifest import parse_vocabulary
 from cellplane.data.naming import best_naming, default_naming
 from cellplane.data.planning import labelled, ordered_inputs, refuse_mixed_names
-from cellplane.data.quality import Scan, few_genes, high_totals, quantiles, repeated_cells, sample, scan, spacing
+from cellplane.data.quality import Scan, few_genes, high_totals, quantiles, repeated_cells, scan, spacing
 from cellplane.data.reader import CellReader, count_candidates
 from cellplane.errors import ColumnError, DataError
 from cellplane.genes import GeneVocabulary, namespace_of, without_version

@@ -23,7 +23,7 @@ from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, column, gene_columns
 from cellplane.errors import ConfigError, DataError
-from cellplane.inference import RATES_PER, Predictor, query_keys, read_cells, record, write_flags
+from cellplane.inference import Predictor, query_keys, rates_of, read_cells, record, write_flags
 from cellplane.pipelines.base import as_config, open_model
 
 
@@ -103,10 +103,9 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         read = read_cells(data, folder.vocabulary, keys, folder.max_cells)
         decoded = range(folder.config.n_batches) if target_batch is None else (names.index(target_batch),)
         columns = gene_columns(data, keys, folder.vocabulary)
-        known_columns = columns >= 0
-        rates = np.full((data.n_obs, len(columns)), np.nan, dtype=np.float32)
+        rates = np.empty((data.n_obs, len(columns)), dtype=np.float32)
         for rows, shares in self.predictor.rates(read.store, tuple(decoded)):
-            rates[np.ix_(rows, known_columns)] = RATES_PER * shares[:, columns[known_columns]]
+            rates[rows] = rates_of(shares, columns)
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             data.layers[f"{key_added}_corrected"] = rates

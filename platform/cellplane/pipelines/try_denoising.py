@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, gene_columns, read_h5ad
 from cellplane.errors import DataError
-from cellplane.inference import RATES_PER, Predictor
+from cellplane.inference import Predictor, rates_of
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising import Cells, DenoisingPipeline, answers
 from cellplane.pipelines.denoising_baselines import BASELINES, Ask, cell_nats, split_counts, tuned_baselines
@@ -101,10 +101,9 @@ def answer_denoising(config: TryDenoising, winner: str) -> tuple[AnnData | None,
 def _simple_rates(config: TryDenoising, data: AnnData, ask: Ask) -> NDArray[np.float32]:
     cells = Cells.of(data, None, _recipe(config))
     columns = gene_columns(data, config.recipe.keys, cells.vocabulary)
-    known = columns >= 0
-    rates = np.full((data.n_obs, len(columns)), np.nan, dtype=np.float32)
+    rates = np.empty((data.n_obs, len(columns)), dtype=np.float32)
     for rows, shares in ask(cells.table):
-        rates[np.ix_(rows, known)] = RATES_PER * shares[:, columns[known]]
+        rates[rows] = rates_of(shares, columns)
     return rates
 
 
