@@ -8,6 +8,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from cellplane.data.sources import column
+from cellplane.pipelines import annotation_baselines
 from cellplane.pipelines.annotation_baselines import inner_scores, position_answers, tuned_baselines, variable_genes
 from cellplane.pipelines.baselines import SCALINGS
 from cellplane.pipelines.metrics import annotation_scores
@@ -62,3 +63,20 @@ def test_positions_alone_answer_by_the_neighbours_in_the_tissue():
     places = np.array([[float(n), 0.0] for n in range(40)])
     labels = np.array(["left"] * 20 + ["right"] * 20, dtype=object)
     assert position_answers((places, np.array([[2.0, 5.0], [38.0, -5.0]])), labels).tolist() == ["left", "right"]
+
+
+def test_a_fold_of_one_type_or_a_single_gene_still_answers():
+    rng = np.random.default_rng(0)
+    counts, labels = sparse.csr_matrix(rng.poisson(2, (12, 1)).astype(np.float32)), np.array(["a"] * 11 + ["b"], dtype=object)
+    found = tuned_baselines((counts, labels), counts, 0)
+    assert set().union(*found.answers.values()) <= {"a", "b"}
+
+
+def test_only_what_is_wanted_is_computed(monkeypatch):
+    rng = np.random.default_rng(0)
+    counts, labels = sparse.csr_matrix(rng.poisson(2, (40, 30)).astype(np.float32)), np.array(["a", "b"] * 20, dtype=object)
+    fitted = []
+    monkeypatch.setattr(annotation_baselines, "_components", lambda *given: fitted.append(given) or (lambda matrix: matrix.toarray()))
+    wanted = {("random forest", "raw genes")}
+    found = [key for key, _ in annotation_baselines._answers((counts, labels), counts, 0, wanted)]
+    assert (found, fitted) == ([("random forest", "raw genes")], [])

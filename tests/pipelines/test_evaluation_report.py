@@ -84,3 +84,21 @@ def test_an_evaluation_is_one_run_however_often_it_is_told(evaluation, tmp_path,
 def test_without_a_tracker_the_report_stands_alone(evaluation, tmp_path):
     write_report(evaluation, tmp_path)
     assert log_evaluation(evaluation, tmp_path, "f" * 64, {}, "http://127.0.0.1:9") is None
+
+
+def test_another_configuration_in_the_same_folder_has_its_own_numbers(tmp_path, empty_tracker):
+    (tmp_path / "mlflow.db").write_bytes(empty_tracker)
+    uri, folder = local_uri(tmp_path), tmp_path / "out"
+    folder.mkdir()
+    told = {}
+    for identity, score in (("a" * 40, 0.25), ("b" * 40, 0.75)):
+        entry = Entry(Place("cells", "random", 0, 0), Method("cellplm", "model"), {"macro_f1": score}, 1.0)
+        told[identity] = log_evaluation(Evaluation("annotate", "macro_f1", (entry,)), folder, identity, {}, uri)
+    found = [connect(uri).get_run(str(run)).data.metrics for run in told.values()]
+    assert [next(iter(metrics.values())) for metrics in found] == [0.25, 0.75]
+
+
+def test_numbers_that_are_none_are_null_in_json():
+    entry = Entry(Place("cells", "random", 0, 0), Method("cellplm", "model"), {"macro_f1": float("nan")}, 1.0)
+    plain = json.loads(json.dumps(Evaluation("annotate", "macro_f1", (entry,)).plain(), allow_nan=False))
+    assert plain["entries"][0]["metrics"]["macro_f1"] is None

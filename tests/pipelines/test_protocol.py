@@ -119,3 +119,16 @@ def test_evaluations_of_one_task_become_one():
     assert both.lower_is_better == ("rmse",)
     with pytest.raises(DataError, match="one task"):
         joined([evaluation(), Evaluation("embed", "nmi", ())])
+
+
+def test_seeds_that_place_the_same_cells_are_not_tested_as_if_they_were_other_cells():
+    entries = tuple(
+        Entry(Place("cells", "zero-shot", 0, seed), Method(name, kind), {"nmi": value}, 1.0)
+        for name, kind, value in (("cellplm", "model", 0.7), ("PCA50", "baseline", 0.6))
+        for seed in range(3)
+    )
+    told = Evaluation("embed", "nmi", entries, splits_differ=False).difference("cells", "zero-shot", "PCA50")
+    assert told.mean == pytest.approx(0.1)
+    assert told.verdict == "undecided"
+    assert told.text() == "+0.100"
+    assert Evaluation("embed", "nmi", entries).difference("cells", "zero-shot", "PCA50").verdict == "better"

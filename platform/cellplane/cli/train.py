@@ -114,6 +114,8 @@ def evaluate_denoise(
     With --protocol the model is fitted too: seeds, tuned baselines, over-smoothing; run it again to go on after a stop.
     """
     if protocol is not None:
+        if model or data or refit:
+            raise typer.BadParameter("a protocol fits its own models on its own data: leave out --model, --data and --refit")
         protocol_run("denoise", protocol, override or [], as_json)
         return
     from cellplane.config import load_config

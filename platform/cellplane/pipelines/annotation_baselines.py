@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -27,6 +28,7 @@ from cellplane.pipelines.splits import random_splits
 
 VARIABLE_GENES = 2000
 LOGISTIC_COMPONENTS, KNN_COMPONENTS, NEIGHBOURS = 60, 50, 15
+SPACES = {"genes": 0, f"pca{LOGISTIC_COMPONENTS}": LOGISTIC_COMPONENTS, f"pca{KNN_COMPONENTS}": KNN_COMPONENTS}  # and components of each
 TREES, SMALLEST_LEAF = 300, 2
 ITERATIONS = 300  # warm starts from the next stronger penalty settle sooner than a cold start
 
@@ -85,16 +87,23 @@ def _answers(
     """(family, setting) and its answers, for the wanted ones; views of the data are made once for all that share them."""
     counts, labels = train
     for scaling in SCALINGS:
+        if not _any_of(wanted, f"{scaling} "):
+            continue
         scaled, theirs = SCALINGS[scaling](counts), SCALINGS[scaling](asked)
         genes = variable_genes(scaled)
-        spaces: dict[str, View] = {"genes": _only(genes)}
-        for components in (LOGISTIC_COMPONENTS, KNN_COMPONENTS):
-            spaces[f"pca{components}"] = _components(scaled[:, genes], genes, components, seed)
-        for space, view in spaces.items():
+        for space, size in SPACES.items():
+            learners = _learners(space, scaling, counts.shape[1])
+            if not learners or not _any_of(wanted, f"{scaling} {space}"):
+                continue
+            view = _components(scaled[:, genes], genes, size, seed) if size else _only(genes)
             mine, its = view(scaled), view(theirs)
-            for family, learn in _learners(space, scaling, counts.shape[1]).items():
+            for family, learn in learners.items():
                 for setting, answer in learn((mine, labels), its, seed, _settings(wanted, family, f"{scaling} {space}")):
                     yield (family, f"{scaling} {space}{setting}"), answer
+
+
+def _any_of(wanted: set[tuple[str, str]] | None, view: str) -> bool:
+    return wanted is None or any(name.startswith(view) for _, name in wanted)
 
 
 def variable_genes(scaled: Any) -> NDArray[np.int64]:
@@ -113,6 +122,8 @@ def _only(genes: NDArray[np.int64]) -> View:
 
 def _components(scaled: Any, genes: NDArray[np.int64], wanted: int, seed: int) -> View:
     size = min(wanted, min(scaled.shape) - 1)
+    if size < 1:  # a single cell or gene has no directions
+        return lambda matrix: matrix[:, genes].toarray()
     fitted = PCA(size, svd_solver="arpack", random_state=seed).fit(scaled)
     return lambda matrix: fitted.transform(matrix[:, genes])
 
@@ -134,11 +145,13 @@ def _settings(wanted: set[tuple[str, str]] | None, family: str, view: str) -> se
 
 def _regressions(train: tuple[Any, Labels], asked: Any, seed: int, wanted: set[str] | None) -> Iterator[tuple[str, Labels]]:
     """All strengths, each begun where the stronger penalty ended."""
-    model = LogisticRegression(max_iter=ITERATIONS, warm_start=True, random_state=seed)
+    several = len(set(train[1])) > 1  # else there is nothing to tell apart
+    model = LogisticRegression(max_iter=ITERATIONS, warm_start=True, random_state=seed) if several else DummyClassifier().fit(*train)
     for strength in STRENGTHS if wanted is None or wanted else ():
         with warnings.catch_warnings():  # a setting that has not settled is judged by its score like any other
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.set_params(C=strength).fit(*train)
+            if several:
+                model.set_params(C=strength).fit(*train)
         if wanted is None or f" C={strength:g}" in wanted:
             yield f" C={strength:g}", model.predict(asked)
 

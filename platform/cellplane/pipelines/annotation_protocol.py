@@ -124,13 +124,14 @@ def arms_of(config: AnnotationProtocol, study: Study, protocol: str) -> list[Arm
     spatial = study.places is not None
     rare = tuple(seed for seed in config.seeds if seed in config.control_seeds)
     recipe, section = config.recipe, spatial and protocol == "random"
-    arms = [_ours(MODEL_ROW, recipe, None, config.seeds, section), _baselines(config.seeds), _majority(config.seeds)]
+    attends = recipe.model.n_blocks + recipe.model.local_blocks > 0  # else no cell sees another, and two rows would be one
+    arms = [_ours(MODEL_ROW, recipe, None, config.seeds, section and attends), _baselines(config.seeds), _majority(config.seeds)]
     for name, base in study.bases.items():
         arms.append(_ours(f"{MODEL_ROW} from {name}", config.finetune, base, rare, section))
         arms.append(_ours(f"linear probe of {name}", config.probe, base, rare, section))
     if "random weights" in config.controls:
         arms += [_random_probe(config, name, base, rare) for name, base in (study.bases.items() or ((None, None),))]
-    if "one cell" in config.controls:
+    if "one cell" in config.controls and attends:
         arms.append(_one_cell(recipe, rare))
     if not spatial:
         return arms
@@ -199,7 +200,8 @@ def _random_probe(config: AnnotationProtocol, name: str | None, base: ModelFolde
         return {method.name: _answered(trial, _fitted(trial, trial.train, config.probe, untrained), trial.test, "own")}
 
     size = config.recipe.model.as_dict() if base is None else base.config.as_dict()
-    return Arm((method,), {"recipe": config.probe.model_dump(mode="json"), "size": size}, work, seeds)
+    settings = {"recipe": config.probe.model_dump(mode="json"), "size": size}
+    return Arm((method,), settings if base is None else {**settings, "genes": base.vocabulary.fingerprint}, work, seeds)
 
 
 def _without_training(trial: Trial, config: AnnotationProtocol, base: ModelFolder | None) -> ModelFolder:

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellplane.errors import DataError
 from cellplane.pipelines.metrics import annotation_scores
+from cellplane.pipelines.splits import random_splits
 
 Fit = Callable[[Any, NDArray[Any], int], Any]  # (training counts, labels, seed) -> a fitted scikit-learn estimator
 Baseline = Callable[[Any, ArrayLike, Any, int], NDArray[np.object_]]
@@ -148,9 +149,7 @@ def _score(fit: Fit, counts: Any, labels: NDArray[Any], held_out: tuple[NDArray[
 
 def _folds(labels: NDArray[Any], seed: int) -> Iterator[NDArray[np.bool_]]:
     """Masks [n] of the held-out cells of each inner fold: the cells of every class are shuffled and dealt in turn."""
-    generator = np.random.default_rng(seed)
-    order = np.concatenate([generator.permutation(np.flatnonzero(labels == name)) for name in sorted(set(labels))])
-    fold = np.empty(len(labels), dtype=np.int64)
-    fold[order] = np.arange(len(labels)) % INNER_FOLDS
-    for index in range(INNER_FOLDS):
-        yield fold == index
+    for split in random_splits(labels, seed, INNER_FOLDS):
+        held_out = np.zeros(len(labels), dtype=bool)
+        held_out[split.test] = True
+        yield held_out

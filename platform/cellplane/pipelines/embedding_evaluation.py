@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellplane.artifact.folder import ModelFolder
 from cellplane.data.sources import AnnData, column, find_counts
@@ -69,7 +71,7 @@ def run_embedding_protocol(config: EmbeddingProtocol, say: Say = quiet) -> Finis
             f"{name}: {study.cells.n_obs} cells of {len(set(study.types))} types, all of them in every row; seeds are those of Leiden"
         ]
         notes += base_notes(name, asked, opened.bases)
-    evaluation = Evaluation(config.task, "nmi", tuple(entries), tuple(pictures), tuple(notes))
+    evaluation = Evaluation(config.task, "nmi", tuple(entries), tuple(pictures), tuple(notes), splits_differ=False)
     return finish(evaluation, config, "Zero-shot embedding, beside principal components and random weights")
 
 
@@ -81,8 +83,7 @@ def spaces_of(cells: AnnData, asked: EvaluatedData, bases: Mapping[str, ModelFol
         yield _by(base, cells, asked, Method(row, "model"))
         if mixes:
             yield _by(base, cells, asked, Method(f"{row}, {MIXED}", "model"), mixed=True)
-        untrained = Method(f"{RANDOM} of {name}", "control")
-        yield Space(untrained, {"base": base.config.as_dict()}, lambda seed, base=base: _latent(random_weights(base, seed), cells, asked))  # type: ignore[misc]
+        yield _untrained(base, cells, asked, Method(f"{RANDOM} of {name}", "control"))
     counts = find_counts(cells, asked.keys).matrix
     yield Space(Method("PCA50", "baseline"), {"components": COMPONENTS}, lambda seed: components(_variable(counts), seed))
     every = Method("PCA50 of all genes", "baseline")
@@ -91,7 +92,14 @@ def spaces_of(cells: AnnData, asked: EvaluatedData, bases: Mapping[str, ModelFol
 
 
 def _by(base: ModelFolder, cells: AnnData, asked: EvaluatedData, method: Method, mixed: bool = False) -> Space:
-    return Space(method, {"base": base.model_sha256, "mixed": mixed}, lambda _: _latent(base, cells, asked, mixed))
+    place = cache(partial(_latent, base, cells, asked, mixed))  # no seed changes it
+    return Space(method, {"base": base.model_sha256, "mixed": mixed}, lambda _: place())
+
+
+def _untrained(base: ModelFolder, cells: AnnData, asked: EvaluatedData, method: Method) -> Space:
+    """A network of the base's size and genes that learned nothing."""
+    decisive = {"base": base.config.as_dict(), "genes": base.vocabulary.fingerprint, "max_cells": base.max_cells}
+    return Space(method, decisive, lambda seed: _latent(random_weights(base, seed), cells, asked))
 
 
 def _latent(base: ModelFolder, cells: AnnData, asked: EvaluatedData, mixed: bool = False) -> Embedded:
@@ -103,7 +111,8 @@ def _latent(base: ModelFolder, cells: AnnData, asked: EvaluatedData, mixed: bool
 def components(scaled: Any, seed: int) -> Embedded:
     """50 principal components of log counts, [n, 50]: of the 2,000 most variable genes the customary embedding."""
     size = min(COMPONENTS, min(scaled.shape) - 1)
-    found: Embedded = PCA(size, svd_solver="arpack", random_state=seed).fit_transform(scaled)
+    with threadpool_limits(limits=1):
+        found: Embedded = PCA(size, svd_solver="arpack", random_state=seed).fit_transform(scaled)
     return found
 
 

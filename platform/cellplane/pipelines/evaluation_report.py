@@ -136,8 +136,10 @@ def log_evaluation(evaluation: Evaluation, folder: Path, identity: str, params: 
     )
     try:
         run = TrackedRun.open(spec, uri)
-        journal = Journal(folder / "metrics.jsonl")
-        journal.append(len(evaluation.entries), means(evaluation))  # a grown evaluation is a later step
+        journal = Journal(folder / "journals" / f"{identity[:16]}.jsonl")  # of this run alone: another configuration may share the folder
+        told, rows = means(evaluation), journal.rows()
+        if not rows or dict(rows[-1].metrics) != told:
+            journal.append(rows[-1].step + 1 if rows else 0, told)
         run.replay(journal)
         run.log_artifacts(folder, "")
         run.finish()

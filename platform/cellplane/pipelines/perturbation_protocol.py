@@ -79,7 +79,7 @@ def run_perturbation_protocol(config: PerturbationProtocol, say: Say = quiet) ->
         found = _entries(name, asked, config.seeds, (ledgers, say))
         entries += found
         notes += _notes(name, found)
-    evaluation = Evaluation(config.task, "pearson", tuple(entries), (), tuple(notes), ("mse",))
+    evaluation = Evaluation(config.task, "pearson", tuple(entries), (), tuple(notes), ("mse",), splits_differ=False)
     return finish(evaluation, config, "Perturbations that were never seen, beside what needs no network")
 
 

@@ -169,7 +169,8 @@ class Evaluation:
     """Entries of a task with what explains them. ``metric`` decides; ``lower_is_better`` names errors among the metrics.
 
     ``model`` is the row whose differences to every other row are told. ``deciding`` names the metric of protocols that are
-    decided by another one; ``aims`` the best value of metrics that can be too large and too small.
+    decided by another one; ``aims`` the best value of metrics that can be too large and too small. Where all seeds place the
+    same cells (not ``splits_differ``) they say nothing about other cells, so leads are told without a test.
     """
 
     task: str
@@ -181,6 +182,7 @@ class Evaluation:
     model: str = "cellplm"
     deciding: Mapping[str, str] = field(default_factory=dict)
     aims: Mapping[str, float] = field(default_factory=dict)
+    splits_differ: bool = True
 
     def tables(self) -> list[tuple[str, str]]:
         """(data set, protocol) in the order of measuring."""
@@ -213,6 +215,8 @@ class Evaluation:
         if not pairs:
             return None
         leads = [self._merit(name, mine.metrics[name]) - self._merit(name, its.metrics[name]) for mine, its in pairs]
+        if not self.splits_differ:
+            return Difference(float(np.mean(leads)), math.nan, math.nan, math.nan, math.nan, len(leads))
         return paired_difference(leads, float(np.mean([mine.test_share for mine, _ in pairs])))
 
     def _merit(self, metric: str, value: float) -> float:
@@ -222,16 +226,19 @@ class Evaluation:
         return -value if metric in self.lower_is_better else value
 
     def plain(self) -> dict[str, Any]:
-        """JSON-ready: every entry, and every table with its differences."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "model": self.model,
-            "notes": list(self.notes),
-            "pictures": [{"title": one.title, "file": one.path.name, "caption": one.caption} for one in self.pictures],
-            "tables": [self._plain_table(dataset, protocol) for dataset, protocol in self.tables()],
-            "entries": [asdict(entry) for entry in self.entries],
-        }
+        """JSON-ready: every entry, and every table with its differences; null where there is no number."""
+        plain: dict[str, Any] = _known(
+            {
+                "task": self.task,
+                "metric": self.metric,
+                "model": self.model,
+                "notes": list(self.notes),
+                "pictures": [{"title": one.title, "file": one.path.name, "caption": one.caption} for one in self.pictures],
+                "tables": [self._plain_table(dataset, protocol) for dataset, protocol in self.tables()],
+                "entries": [asdict(entry) for entry in self.entries],
+            }
+        )
+        return plain
 
     def _plain_table(self, dataset: str, protocol: str) -> dict[str, Any]:
         rows = []
@@ -256,6 +263,15 @@ class Evaluation:
 
 def _values(entries: Sequence[Entry], metrics: Sequence[str]) -> dict[str, list[float]]:
     return {name: [float(entry.metrics[name]) for entry in entries if name in entry.metrics] for name in metrics}
+
+
+def _known(value: Any) -> Any:
+    """The same with None for numbers that are none, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: _known(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def joined(evaluations: Sequence[Evaluation]) -> Evaluation:

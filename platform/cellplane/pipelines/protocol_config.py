@@ -70,7 +70,8 @@ class Protocol(Config):
 
     def bases_for(self, dataset: str) -> dict[str, str]:
         """Base models by name for one data set, its own before those for all."""
-        return {**self.bases, **self.data[dataset].bases}
+        own = self.data[dataset].bases if isinstance(self.data[dataset], EvaluatedData) else {}
+        return own | {name: source for name, source in self.bases.items() if name not in own}
 
 
 class AnnotationProtocol(Protocol):
@@ -95,6 +96,12 @@ class AnnotationProtocol(Protocol):
     def _probe_keeps_its_base(self) -> Self:
         if self.probe.transfer.learn != "head":
             raise ValueError("probe.transfer.learn must be head: a probe leaves its base as it is")
+        return self
+
+    @model_validator(mode="after")
+    def _controls_run(self) -> Self:
+        if not set(self.control_seeds) & set(self.seeds):
+            raise ValueError("control_seeds: none of them is in seeds, so bases and controls would never run; name one of seeds")
         return self
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cellplane import __version__
 from cellplane.artifact.folder import ModelFolder, load_model
 from cellplane.config import fingerprint, home, to_plain
 from cellplane.data.files import file_sha256
@@ -19,6 +20,7 @@ from cellplane.pipelines.evaluation_report import Report, log_evaluation, write_
 from cellplane.pipelines.protocol import Evaluation, Ledger
 from cellplane.pipelines.protocol_config import EvaluatedData, Protocol
 from cellplane.tracking.registry import resolve_model
+from cellplane.tracking.runs import resolve_uri
 
 Say = Callable[[str], None]  # a line for whoever waits
 ENTRIES = "entries.jsonl"
@@ -51,7 +53,7 @@ class Ledgers:
 
     def of(self, *decisive: Any) -> Ledger:
         """The ledger for these JSON-ready settings."""
-        identity = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps([__version__, *decisive], sort_keys=True).encode()).hexdigest()
         if identity not in self._known:
             self._known[identity] = Ledger(self.path, identity)
         return self._known[identity]
@@ -67,12 +69,18 @@ def out_of(config: Protocol, task: str) -> Path:
 
 
 def check_protocol(config: Protocol) -> None:
-    """ConfigError for no data set, one without a name, or a file that is not there; before any work begins."""
+    """ConfigError for no data set, a file or a model that is not there, or a tracker that is none; before any work begins."""
+    resolve_uri(config.tracking_uri)
     if not config.data:
         raise ConfigError("no data set is named: give one with -o data.NAME.path=FILE.h5ad, or list them in the file")
     for name, asked in config.data.items():
         if not Path(asked.path).is_file():
             raise ConfigError(f"data.{name}.path: no file {asked.path!r}; name it with -o data.{name}.path=FILE.h5ad")
+        reference = getattr(asked, "reference", None)
+        if reference is not None and not Path(reference).is_file():
+            raise ConfigError(f"data.{name}.reference: no file {reference!r}; name it with -o data.{name}.reference=FILE.h5ad")
+        for source in config.bases_for(name).values():
+            resolve_model(source, config.tracking_uri, home() / "cache")
 
 
 def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: str | None) -> Opened:

@@ -43,7 +43,7 @@ class Difference:
 
     def text(self) -> str:
         """`+0.012 [-0.003, 0.027] p .11`."""
-        if self.pairs < 2:
+        if np.isnan(self.p_value):
             return f"{self.mean:+.3f}"
         return f"{self.mean:+.3f} [{self.low:.3f}, {self.high:.3f}] p {self.p_value:.2g}"
 
