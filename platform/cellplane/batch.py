@@ -30,6 +30,7 @@ from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad
 from cellplane.data.stored import DiskRows, Stored, store_cells
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
 from cellplane.inference import (
+    LABELS_DERIVED,
     TASKS,
     BatchedStore,
     Predictor,
@@ -181,8 +182,10 @@ def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) 
     ordered = [*classes, *others]
     place = np.array([ordered.index(name) for name in names], dtype=np.int32)
     labels = pd.Categorical.from_codes(place[codes] if n else codes, categories=pd.Index(ordered))
-    score = None if predictor.judgement.rule is None else strange  # None: an earlier model's is removed
-    return _Found({"cell_type": labels, "confidence": confidence, "unknown_score": score}, proba, told)
+    derived = dict.fromkeys(LABELS_DERIVED)  # None: an earlier model's is removed
+    if predictor.judgement.rule is not None:
+        derived["unknown_score"] = strange
+    return _Found({"cell_type": labels, "confidence": confidence, **derived}, proba, told)
 
 
 def _embed(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:

@@ -34,6 +34,7 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+ALIKE, VERY_ALIKE = 0.6, 0.8  # share of matching letters from which a key is taken for a misspelt one
 
 
 def home() -> Path:
@@ -83,7 +84,7 @@ def load_config(cls: type[ConfigT], name: str | Path | None, kind: str, override
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
-    return validate(cls, values, source)
+    return validate(cls, values, source, [item.partition("=")[0] for item in rest])
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -111,19 +112,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def validate(cls: type[ConfigT], values: object, source: str) -> ConfigT:
-    """``values`` as a ``cls``; ConfigError with one line per finding."""
+def validate(cls: type[ConfigT], values: object, source: str, overridden: Sequence[str] = ()) -> ConfigT:
+    """``values`` as a ``cls``; ConfigError with every finding, laid to ``source`` or, where a key was ``overridden``, to that."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_finding(cls, item) for item in error.errors())) from None
+        blamed = ["the options given" if _is_of(item["loc"], overridden) else source for item in error.errors()]
+        findings = [_finding(cls, item) for item in error.errors()]
+        told = {place: [text for text, of in zip(findings, blamed, strict=True) if of == place] for place in dict.fromkeys(blamed)}
+        raise ConfigError("; ".join(f"{place}: {'; '.join(texts)}" for place, texts in told.items())) from None
+
+
+def _is_of(location: Sequence[Any], overridden: Sequence[str]) -> bool:
+    """Whether a finding lies at, in or around a key that an option changed."""
+    place = ".".join(map(str, location))
+    return bool(place) and any(f"{place}.".startswith(f"{key}.") for key in overridden)
 
 
 def _finding(cls: type[Config], item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(cls, item["loc"][:-1])
-        nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=ALIKE) or _deeper(cls, item["loc"], known)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
         return f"unknown key {place!r}{hint}"
     if item["type"] == "missing":
@@ -131,12 +141,20 @@ def _finding(cls: type[Config], item: Any) -> str:
     return f"{place}: {item['msg']}, found {item['input']!r}"
 
 
+def _deeper(cls: type[Config], location: Sequence[Any], known: Sequence[str]) -> list[str]:
+    """The same key, or nearly, one section further down: `optimizer` where `recipe.optimizer` is meant."""
+    *above, last = location
+    places = {f"{section}.{key}": key for section in known for key in _known_keys(cls, [*above, section])}
+    found = difflib.get_close_matches(str(last), list(places.values()), n=1, cutoff=VERY_ALIKE)
+    return [next(place for place, key in places.items() if key == found[0])] if found else []
+
+
 def _known_keys(cls: type[Any], location: Sequence[Any]) -> list[str]:
     """Keys of the section at ``location``, read from the JSON schema: works for pydantic models and dataclasses alike."""
     schema = TypeAdapter(cls).json_schema()
     node = schema
     for part in location:
-        node = _resolve(schema, node).get("properties", {}).get(str(part), node)
+        node = _resolve(schema, node).get("properties", {}).get(str(part), {})
     return sorted(_resolve(schema, node).get("properties", {}))
 
 

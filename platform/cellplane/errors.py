@@ -20,6 +20,10 @@ Each message says what was found, what was expected and what to do. All survive 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class CellplaneError(Exception):
     """Base of every error below; the message is meant for the person at the keyboard."""
@@ -93,3 +97,14 @@ class ServiceError(CellplaneError):
 
 class PortInUseError(ServiceError):
     """Another process listens on the port that was asked for."""
+
+
+@contextmanager
+def about(path: str | Path) -> Iterator[None]:
+    """Errors of the block name this file, unless they do already: of several the one that is wrong."""
+    try:
+        yield
+    except CellplaneError as error:
+        if str(path) in str(error) or isinstance(error, ServiceError):
+            raise
+        raise type(error)(f"{path}: {error}") from None

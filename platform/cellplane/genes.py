@@ -117,7 +117,8 @@ class GeneVocabulary:
         found = f"{alignment.n_shared} of {len(alignment.positions)} genes are in the model's vocabulary, at least {needed} are needed"
         if 2 * alignment.n_shared > len(alignment.positions):
             return f"{found}: the data measured too few genes for this model"
-        own, theirs = list(self.gene_ids[:2]), [str(gene) for gene in gene_ids[:2]]
+        foreign = [str(gene) for gene, place in zip(gene_ids, alignment.positions.tolist(), strict=False) if place < 0]
+        own, theirs = list(self.gene_ids[:2]), foreign[:2]
         return (
             f"{found}; the model's are {self.namespace}, e.g. {own}, yours look like {alignment.source_namespace}, e.g. {theirs}: "
             "use the same naming scheme and species as the model"

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 CELLS_PER_FORWARD = PlanConfig().cells_per_micro_batch
 CELLS_PER_DECODE = 256  # of whom all genes are decoded at a time: 20 MB at 19,374 genes
 RATES_PER = 10_000  # what denoised rates of a cell add up to over the genes it measured and the model knows
+LABELS_DERIVED = ("unknown_score", "agrees")  # columns that are worth nothing once a cell has another label
 NO_COUNTS, NO_KNOWN_COUNTS = "no counts", "no counts in genes the model knows"
 TASKS = {  # what each kind of model can be asked
     "pretrain": ("embed",),
@@ -163,7 +164,7 @@ class Predictor:
 
     def embeddings(self, store: SentenceStore) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """The same, some sentences at a time: (rows [c], z [c, Z])."""
-        for batch, output in self._forward(store):
+        for batch, output in self._forward(store, alone=True):
             yield batch.row.numpy(), output.latent.float().cpu().numpy()
 
     def rates(self, store: SentenceStore, batches: Sequence[int] | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -179,7 +180,7 @@ class Predictor:
                 f"this {self.folder.task} model decodes no counts (decoder {self.folder.config.decoder}): fine-tune it to denoise"
             )
         smoothing = self.smoothing if batches is None else None
-        for batch, output in self._forward(store):
+        for batch, output in self._forward(store, alone=True):
             for start in range(0, batch.n_cells, CELLS_PER_DECODE):
                 cells = torch.arange(start, min(start + CELLS_PER_DECODE, batch.n_cells))
                 part = batch.take(cells)
@@ -205,14 +206,16 @@ class Predictor:
         mean_CG, theta_G = decoded(self.model, batch.to(self.device), moved)
         return mean_CG.float().cpu(), theta_G.float().cpu()
 
-    def _forward(self, store: SentenceStore) -> Iterator[tuple[CellBatch, CellPLMOutput]]:
+    def _forward(self, store: SentenceStore, alone: bool = False) -> Iterator[tuple[CellBatch, CellPLMOutput]]:
+        """What the members say together of every pack; ``alone``: the first, whose the latent space is."""
+        networks = (self.model,) if alone else (self.model, *self.others)
         asked = list(packs(store.sizes, CELLS_PER_FORWARD))
         read = map(store.read, asked)
         for batch in read if len(asked) < 2 else prefetch(read, ahead=1):  # the next pack is read while the network computes
             if batch.n_genes != len(self.folder.vocabulary):
                 raise DataError(f"the cells have {batch.n_genes} gene positions, the model {len(self.folder.vocabulary)}: align them first")
             with torch.inference_mode():
-                yield _asked(batch, together((self.model, *self.others), batch.to(self.device)))
+                yield _asked(batch, together(networks, batch.to(self.device)))
 
 
 def n_asked(store: SentenceStore) -> int:
@@ -312,11 +315,11 @@ def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "ce
     others = sorted({str(label) for label in annotation.labels} - {*annotation.classes})  # unknown, and broader names
     data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *others])
     data.obs[f"{key_added}_confidence"] = annotation.confidence
-    score = f"{key_added}_unknown_score"
-    if score in data.obs:  # an earlier model's
-        del data.obs[score]
+    for name in LABELS_DERIVED:  # an earlier model's
+        if f"{key_added}_{name}" in data.obs:
+            del data.obs[f"{key_added}_{name}"]
     if annotation.unknown_score is not None:
-        data.obs[score] = annotation.unknown_score
+        data.obs[f"{key_added}_unknown_score"] = annotation.unknown_score
     data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
 
 

@@ -654,7 +654,7 @@ ROWS = [
     Row(2, "nan", lambda b: b.counts(changed(b, np.nan)), DataError, "1 NaN values, the first at cell 3, gene 7"),
     Row(3, "infinite", lambda b: b.counts(changed(b, -np.inf)), DataError, "1 infinite values, the first at cell 3, gene 7"),
     Row(4, "normalised", lambda b: b.counts(normalised(b)), CountsNotFoundError, "X: non-integer, looks normalised"),
-    Row(5, "logged", lambda b: b.counts(logged(b)), CountsNotFoundError, "X: non-integer, looks log1p.*use --recover-counts"),
+    Row(5, "logged", lambda b: b.counts(logged(b)), CountsNotFoundError, "X: non-integer, looks log1p.*--recover-counts"),
     Row(6, "z-scored", lambda b: b.counts(scaled(b)), CountsNotFoundError, "negative values.*looks scaled"),
     Row(
         7,

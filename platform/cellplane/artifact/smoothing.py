@@ -79,9 +79,12 @@ class Smoothing:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         return {SMOOTHING: (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode(), SMOOTHING_CELLS: pack_tensors(tensors)}
 
-    def mixed(self, batch: CellBatch, shares_CG: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The network's shares of each cell's counts with the neighbours' among them; genes the reference lacks stay as they are."""
-        near = self.averages(batch)
+    def mixed(self, batch: CellBatch, shares_CG: NDArray[np.float32], steps: int | None = None) -> NDArray[np.float32]:
+        """The network's shares of each cell's counts with the neighbours' among them; genes the reference lacks stay as they are.
+
+        ``steps`` replaces its own.
+        """
+        near = self.averages(batch, steps)
         both = self.panel & (shares_CG > 0)
         near, sizes = near * both, (shares_CG * both).sum(1, keepdims=True)
         found = near.sum(1, keepdims=True)
@@ -89,9 +92,9 @@ class Smoothing:
         out: NDArray[np.float32] = np.where(both, (1 - self.share) * shares_CG + self.share * near, shares_CG).astype(np.float32)
         return out
 
-    def averages(self, batch: CellBatch) -> NDArray[np.float32]:
+    def averages(self, batch: CellBatch, steps: int | None = None) -> NDArray[np.float32]:
         """Mean shares of the cells where walks from these cells end, [C, G]."""
-        weights = self.arrivals(self.space.places(batch), self.steps)
+        weights = self.arrivals(self.space.places(batch), steps or self.steps)
         out: NDArray[np.float32] = np.asarray(weights @ self._shares, dtype=np.float32)
         return out
 

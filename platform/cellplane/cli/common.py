@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", help="Change one key: -o optimizer.lr=1e-4. May be repeated.")]
+OVERRIDE_HELP = "Change one key of the config: -o KEY=VALUE, a.b=c for one in a section. May be repeated."
+Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", help=OVERRIDE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

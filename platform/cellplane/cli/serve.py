@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,8 +29,8 @@ def serve(
 
     changes = list(override or [])
     if model is not None:
-        guess = re.sub(r"[^a-z0-9._-]", "-", model.removeprefix("models:/").split("@")[0].rstrip("/").split("/")[-1].lower())
-        changes = [*given({"model": model, "name": name or guess}), *changes]
+        changes = [*given({"model": model, "name": name or usual_name(model)}), *changes]
+    loaded = load_config(ServeConfig, config, "serve", changes)  # a wrong key is told before anything is started
     stack = running()
     if stack is not None:
         changes = [*given({"port": stack.serve_port, "tracking_uri": stack.mlflow_uri}), *changes]
@@ -40,7 +41,17 @@ def serve(
             undeploy(name)
             answer({name or "endpoint": "stopped"}, as_json)
             return
-        loaded = load_config(ServeConfig, config, "serve", changes)
+        loaded = load_config(ServeConfig, config, "serve", changes)  # now with the stack's addresses
         say(f"starting {loaded.model} ...")
         deployed = deploy(loaded)
     answer({"url": deployed.url, "model": deployed.model, "version": deployed.version, "docs": f"{deployed.url}/docs"}, as_json)
+
+
+def usual_name(model: str) -> str:
+    """What a model is called in the paths: its name in the registry, or its folder's (the run's, for RUN/model)."""
+    if model.startswith("models:/"):
+        said = model.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    else:
+        folder = Path(model).absolute()
+        said = folder.parent.name if folder.name == "model" else folder.name
+    return re.sub(r"[^a-z0-9._-]", "-", said.lower())

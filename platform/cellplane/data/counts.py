@@ -23,6 +23,10 @@ MAX_DEVIATION = 0.25  # of a recovered count from its integer, before rounding
 MAX_LOG_VALUE = 20.0  # log1p of half a billion: larger values are no logarithms of counts
 COARSEST_DECIMALS, FINEST_DECIMALS = 2, 6
 FLOAT32_STEP = 2.0**-23  # relative distance of neighbouring float32 values
+ASK_FOR_THEM = (
+    "set recover_counts=true among its keys (data convert, validate: --recover-counts; else -o keys.recover_counts=true, "
+    "where a recipe reads the file -o recipe.keys.recover_counts=true)"
+)
 SUGGESTION_CELLS = 200  # enough to say whether recovering is worth a try
 
 
@@ -72,7 +76,7 @@ def choose(
         if tried is not None and recover_counts:
             return Choice(place, tried.matrix, recovered=True, deviation=tried.deviation)
         if tried is not None:
-            hint = f"{place} is log1p-normalised and its counts come back exactly: use --recover-counts (keys.recover_counts=true)"
+            hint = f"{place} is log1p-normalised and its counts come back exactly: {ASK_FOR_THEM}"
             raise CountsNotFoundError(f"{_listing(seen)}; {hint}")
     others = sorted(set(there) - {place for place, _ in candidates})
     also = f" (not looked at: {', '.join(others)})" if others else ""

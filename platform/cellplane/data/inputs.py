@@ -46,6 +46,8 @@ def check_answers(inputs: Sequence[Path], out: Path) -> None:
     if len({path.name for path in inputs}) != len(inputs):
         raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
     for path in inputs:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; answers go into copies of h5ad files: name those, or write the zarr as h5ad first")
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         if path.resolve().parent == out.resolve():

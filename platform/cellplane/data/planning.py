@@ -36,7 +36,7 @@ from cellplane.data.shards import choose_encoding
 from cellplane.data.tasks import RangeTask, ShardTask, SourceTask, TableTask, safe_name, stamp_of
 from cellplane.data.tasks import task_json as task_json
 from cellplane.data.work import cut_spans
-from cellplane.errors import CellplaneError, ColumnError, ConfigError, DataError, VocabularyError
+from cellplane.errors import ColumnError, ConfigError, DataError, VocabularyError, about
 from cellplane.genes import GeneAlignment, GeneVocabulary, namespace_of
 
 BYTES_PER_ENTRY, BYTES_PER_CELL = 3, 40
@@ -108,7 +108,8 @@ def make_plan(
     names_of_genes: dict[str, list[str]] = {}
     for name, path in ordered_inputs(config, known):
         progress(f"looking at {path}")
-        source = _named(path, lambda path=path, name=name: inspect_source(path, name, config, staging))  # type: ignore[misc]
+        with about(path):
+            source = inspect_source(path, name, config, staging)
         source = replace(source, namings=_shared(source.namings, names_of_genes))
         sources.append(_as_real(source) if name in real else source)
     vocabulary, n_known = _vocabulary(config, sources)
@@ -238,7 +239,8 @@ def _vocabulary(config: ConvertConfig, sources: Sequence[Source]) -> tuple[GeneV
     genes: dict[str, None] = {}
     known, schemes = [], {}
     for source in sources:
-        ids = _named(source.path, lambda source=source: default_naming(source.namings, config.keys.repeated_genes))  # type: ignore[misc]
+        with about(source.path):
+            ids = default_naming(source.namings, config.keys.repeated_genes)
         schemes[source.name] = namespace_of(ids)
         genes |= dict.fromkeys(lacking_genes(ids, tuple(genes)))
         known.append(len(genes))
@@ -255,18 +257,8 @@ def refuse_mixed_names(schemes: Mapping[str, str]) -> None:
 
 def _align(source: Source, vocabulary: GeneVocabulary, keys: DataKeys) -> GeneAlignment:
     rules = GeneRules(keys.repeated_genes, keys.ignore_gene_case)
-    alignment: GeneAlignment = _named(source.path, lambda: best_naming(source.namings, vocabulary, rules)[1])
-    return alignment
-
-
-def _named(path: Path, work: Callable[[], Any]) -> Any:
-    """The result; of hundreds of files the one that is wrong is named."""
-    try:
-        return work()
-    except CellplaneError as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from None
+    with about(source.path):
+        return best_naming(source.namings, vocabulary, rules)[1]
 
 
 def _deal(config: ConvertConfig, source: Source, names: tuple[list[str], list[str]]) -> dict[str, NDArray[Any]]:

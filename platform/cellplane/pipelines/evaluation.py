@@ -13,7 +13,7 @@ from cellplane.config import Config, home, to_plain
 from cellplane.data.config import DataKeys
 from cellplane.data.naming import merged_columns
 from cellplane.data.sources import AnnData, column, find_counts, read_h5ad
-from cellplane.errors import ConfigError, DataError
+from cellplane.errors import ConfigError, DataError, about
 from cellplane.pipelines import plots
 from cellplane.pipelines.annotation import UNLABELLED, CellTypeAnnotationPipeline
 from cellplane.pipelines.baselines import BASELINES
@@ -32,7 +32,8 @@ def run_evaluate(config: EvaluateConfig) -> tuple[Scores, Path]:
     pipeline = CellTypeAnnotationPipeline.load(model.path)
     pipeline.config = AnnotationConfig(keys=config.keys)
     out = Path(config.out) if config.out else home() / "evaluations" / verify_model(model.path)["model_sha256"][:16]
-    scores = evaluate_annotation(pipeline, read_h5ad(Path(config.train)), read_h5ad(Path(config.test)), config.seed)
+    with about(f"{config.train} or {config.test}"):
+        scores = evaluate_annotation(pipeline, read_h5ad(Path(config.train)), read_h5ad(Path(config.test)), config.seed)
     out.mkdir(parents=True, exist_ok=True)
     draw_annotation(pipeline, read_h5ad(Path(config.test)), out)
     return write_scores(config, scores, out), out

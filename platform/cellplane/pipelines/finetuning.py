@@ -18,6 +18,7 @@ from typing import Any
 
 from cellplane.artifact.card import model_card
 from cellplane.artifact.folder import load_model, save_model, verify_model
+from cellplane.artifact.golden import GOLDEN
 from cellplane.config import home, load_config, read_yaml, to_plain
 from cellplane.data.shards import file_sha256
 from cellplane.data.sources import read_h5ad
@@ -211,7 +212,8 @@ def _finished(config: Any, path: Path, identity: str) -> Any:
 def _save(pipeline: Any, path: Path, identity: str, scores: Scores | None) -> None:
     keys = pipeline.config.keys.model_dump_json()
     folder = replace(pipeline.folder_, lineage={**pipeline.folder_.lineage, "job_identity": identity, "keys": keys})
-    pipeline.folder_ = with_golden(replace(folder, card=model_card(folder, scores)))
+    folder = replace(folder, card=model_card(folder, scores))
+    pipeline.folder_ = folder if GOLDEN in folder.attachments else with_golden(folder)  # those of the day it was trained stay
     save_model(pipeline.folder_, path)
 
 

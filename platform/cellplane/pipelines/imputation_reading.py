@@ -36,6 +36,10 @@ class Pair:
     report: Mapping[str, Any]
 
 
+class NothingToImputeError(DataError):
+    """The query has all genes of the reference."""
+
+
 def read_pair(data: AnnData, reference: AnnData, config: ImputationConfig, base: ModelFolder | None) -> Pair:
     """Both data sets, the query limited to what it may show.
 
@@ -89,7 +93,7 @@ def _wanted(query: CellTable, reference: CellTable, names: GeneNames, config: Im
         return wanted
     missing = np.flatnonzero(reference.panel & ~query.panel)
     if len(missing) == 0:
-        raise DataError("the query measured every gene of the reference: nothing to impute; name genes to impute them anyway")
+        raise NothingToImputeError("the query measured every gene of the reference: nothing to impute; name genes to impute them anyway")
     if len(missing) > config.max_genes:
         logs = scaled_log(dense(reference, missing), reference.totals(), shown_total(reference, "reference"))
         missing = missing[np.argsort(-logs.var(0), kind="stable")[: config.max_genes]]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cellplane.artifact.card import model_card
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
+from cellplane.artifact.golden import GOLDEN
 from cellplane.data.shards import Manifest
 from cellplane.errors import CellplaneError
 from cellplane.pipelines.evaluation import run_evaluate as run_evaluate
@@ -72,7 +73,8 @@ def check_pretrain(config: PretrainConfig) -> Manifest:
 
 def _with_card(path: Path, scores: Scores | None) -> ModelFolder:
     model = load_model(path)
-    model = with_golden(replace(model, card=model_card(model, scores)))
+    model = replace(model, card=model_card(model, scores))
+    model = model if GOLDEN in model.attachments else with_golden(model)  # those of the day it was trained stay
     save_model(model, path)
     return model
 

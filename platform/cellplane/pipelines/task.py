@@ -9,7 +9,7 @@ from typing import Any
 
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import CellReader, read_h5ad
-from cellplane.errors import ConfigError
+from cellplane.errors import ConfigError, about
 from cellplane.pipelines.base import Estimator
 from cellplane.pipelines.job import Scores
 from cellplane.train.finetune import Course
@@ -41,4 +41,5 @@ def check_cells(path: str | None, name: str, keys: DataKeys, columns: tuple[str,
 
 def fit_on_data(pipeline: Any, config: Any, course: Course) -> None:
     """Fits on the job's cells alone."""
-    pipeline.fit(read_h5ad(Path(config.data)), progress=course.progress, keeping=course.keeping)
+    with about(config.data):
+        pipeline.fit(read_h5ad(Path(config.data)), progress=course.progress, keeping=course.keeping)

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cellplane.data.columns import missing_column
 from cellplane.data.config import DataKeys
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, cell_table, column, find_counts, read_h5ad
-from cellplane.errors import ConfigError, DataError
+from cellplane.errors import ColumnError, ConfigError, DataError
 from cellplane.genes import GeneVocabulary
 from cellplane.inference import query_keys
 from cellplane.pipelines.annotation import UNLABELLED, CellTypeAnnotationPipeline
@@ -89,9 +90,14 @@ def read_study(config: TryAnnotation) -> Study:
             f"({', '.join(types) or 'none'}); naming types again needs two of them"
         )
     rows = np.flatnonzero(kept != None)  # noqa: E711  (an array of objects)
-    protocol = _protocol(config, asked)
-    splits = tuple(_placed(split, rows) for split in _splits(protocol, config, asked[rows], kept[rows]))
+    cells = asked[rows]
+    protocol = _protocol(config, cells)
+    splits = tuple(_placed(split, rows) for split in _splits(protocol, config, cells, kept[rows]))
+    if not splits:
+        raise DataError(f"{config.data}: leaving out any sample leaves one type to learn from; hide single cells: -o split=random")
     notes.append(TOLD[protocol])
+    if protocol == "batch" and (more := len(set(column(cells, str(config.recipe.keys.batch_key)))) - len(splits)):
+        notes.append(f"{more} samples were not hidden: without any of them a single type is left to learn from.")
     return Study(asked, asked, kept, kept, splits, tuple(notes))
 
 
@@ -140,6 +146,8 @@ def _splits(protocol: str, config: TryAnnotation, data: AnnData, labels: NDArray
     if protocol == "batch":
         return [split for split in batch_splits(column(data, str(keys.batch_key))) if len(set(labels[split.train])) > 1]
     if protocol == "blocks":
+        if keys.spatial_key not in data.obsm:
+            raise ColumnError(missing_column(str(keys.spatial_key), list(data.obsm), "obsm"))
         return list(block_splits(np.asarray(data.obsm[str(keys.spatial_key)], dtype=np.float64), config.seed, config.folds))
     return list(random_splits(labels, config.seed, config.folds))
 
@@ -152,8 +160,8 @@ def _measured(config: TryAnnotation, study: Study, split: Split) -> Found:
     """Answers of the model and of every simple method for the hidden cells of a split."""
     train, asked = study.train[split.train].copy(), study.asked[split.test].copy()
     pipeline = fitted_annotator(config, train)
-    answers = pipeline.predict(asked).astype(str)
-    confidence = pipeline.predict_proba(asked).max(1)
+    answers = pipeline.predict(asked, key_added="tried").astype(str)
+    confidence = asked.obs["tried_confidence"].to_numpy()
     tuned = tuned_answers((train, study.labels[split.train]), asked, config.recipe.keys, config.seed)
     details = {"model": answers.tolist(), "confidence": [round(float(value), 5) for value in confidence], "best": tuned.best}
     details |= {"simple": {name: given.tolist() for name, given in tuned.answers.items()}, "settings": dict(tuned.settings)}

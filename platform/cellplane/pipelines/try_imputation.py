@@ -16,7 +16,7 @@ from cellplane.pipelines.imputation_baselines import BASELINES, Counts, baseline
 from cellplane.pipelines.imputation_cells import dense
 from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.imputation_evaluation import shared_genes
-from cellplane.pipelines.imputation_reading import read_pair
+from cellplane.pipelines.imputation_reading import NothingToImputeError, read_pair
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.plots import save_axes
 from cellplane.pipelines.protocol import Entry, Found, Method, Picture, Place
@@ -104,9 +104,7 @@ def answer_imputation(config: TryImputation, winner: str) -> tuple[AnnData | Non
     recipe = recipe.model_copy(update={"seed": config.seed})
     try:
         pair = read_pair(query, reference, recipe, None)
-    except DataError as error:
-        if "nothing to impute" not in str(error):
-            raise
+    except NothingToImputeError:
         return None, "the file measured every gene of the reference: there is nothing to answer"
     wanted = pair.names.call(pair.problem.wanted)
     if winner == MODEL_ROW:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellplane import __version__
-from cellplane.config import fingerprint
+from cellplane.artifact.folder import verify_model
+from cellplane.config import fingerprint, home
 from cellplane.data.inputs import source_sha256
 from cellplane.data.sources import read_h5ad, write_h5ad
-from cellplane.errors import DataError
+from cellplane.errors import DataError, about
 from cellplane.pipelines.evaluation_report import LEGEND, sections
 from cellplane.pipelines.pages import paragraph, write_page
 from cellplane.pipelines.protocol import Ledger
@@ -26,6 +27,7 @@ from cellplane.pipelines.try_denoising import DENOISE
 from cellplane.pipelines.try_imputation import IMPUTE
 from cellplane.pipelines.try_parts import Bench, Say, Task, Tried
 from cellplane.pipelines.verdict import Verdict
+from cellplane.tracking.registry import resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def run_try(config: TryConfig, say: Say | None = None) -> TryReport:
     task = TASKS[str(getattr(config, "task", ""))]
     identity = _identity(config)
     bench = Bench(Ledger(config.folder / "measured.jsonl", identity), tell, config.folder / "pictures")
-    tried = task.measure(config, bench)
+    with about(" or ".join(filter(None, (config.data, config.reference)))):
+        tried = task.measure(config, bench)
     page = write_try_page(config, tried)
     if not config.auto:
         return TryReport(tried.verdict, page)
@@ -98,5 +101,15 @@ def _answered(path: Path, identity: str, winner: str) -> str | None:
 def _identity(config: TryConfig) -> str:
     """All that decides the scores: the settings and the bytes of the files."""
     settings = fingerprint(config.model_copy(update={"data": "", "reference": None, "out": None, "auto": False, "tracking_uri": None}))
-    files = [source_sha256(Path(path), False) for path in (config.data, config.reference) if path]
-    return hashlib.sha256(" ".join([settings, __version__, *files]).encode()).hexdigest()
+    base = "none" if config.base_model is None else resolve_model(config.base_model, config.tracking_uri, home() / "cache").path
+    bytes_of_base = base if isinstance(base, str) else verify_model(base)["model_sha256"]
+    tree = getattr(getattr(config, "recipe", None), "hierarchy_file", None)
+    files = [source_sha256(existing(path), False) for path in (config.data, config.reference, tree) if path]
+    return hashlib.sha256(" ".join([settings, __version__, bytes_of_base, *files]).encode()).hexdigest()
+
+
+def existing(path: str) -> Path:
+    """The path; DataError when there is no file."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    return Path(path)
