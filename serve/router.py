@@ -181,8 +181,8 @@ class Router:
                     continue
                 try:
                     self._look(config, name)
-                except CellplaneError as error:  # of one model, at one time: the next look may do better
-                    log.error("model %s stays as it is: %s", config.name, error)
+                except Exception as error:  # of one model, at one time: the next look may do better, and nobody else follows
+                    log.error("model %s stays as it is: %s", config.name, error, exc_info=not isinstance(error, CellplaneError))
 
     def _look(self, config: ServeConfig, registered: str) -> None:
         """Follow one model: at once where the versions run, else in a thread, one at a time."""

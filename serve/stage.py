@@ -81,7 +81,8 @@ class ServeStage:
         except RayTaskError as error:
             if isinstance(error.cause, CellplaneError):
                 raise error.cause from None
-            raise
+            what = " ".join(str(error.cause).split()) or type(error.cause).__name__
+            raise ServiceError(f"version {version.label} of {model!r} failed its check: {what[:300]}") from error
         except (TimeoutError, RayActorError, RayServeException) as error:
             raise ServiceError(f"version {version.label} of {model!r} did not answer its check: {type(error).__name__}") from error
         return checked

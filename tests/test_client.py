@@ -6,8 +6,10 @@ import http.server
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,7 +200,7 @@ def test_a_passing_failure_is_tried_again_under_the_same_request_id(client: Clie
 
 def test_retry_after_is_honoured_within_reason(client: Client, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(client_module.time, "sleep", slept.append)
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(**{**vars(time), "sleep": slept.append}))  # of the client alone
     endpoint.script = [(503, {"Retry-After": "7"}), (503, {"Retry-After": "99999"}), 503]
     client.models()
     assert slept == [7, 30, pytest.approx(0.04)]
