@@ -45,7 +45,7 @@ def study(data, asked=TISSUE, bases=None):
 
 def trial(data, **asked) -> Trial:
     one = study(data, **asked)
-    return Trial(one, next(splits_of(one, 0)), 0)
+    return Trial(one, next(splits_of(one, 0, 0)), 0)
 
 
 def rows(arms) -> dict[str, str]:
@@ -53,9 +53,19 @@ def rows(arms) -> dict[str, str]:
 
 
 def test_tissue_is_split_at_random_and_in_blocks_and_samples_are_left_out(tissue, cells):
-    assert [split.protocol for split in splits_of(study(tissue), 0)] == ["random"] * 5 + ["blocks"] * 5
+    assert [split.protocol for split in splits_of(study(tissue), 0, 0)] == ["random"] * 5 + ["blocks"] * 5
     dissociated = {"path": "none", "keys": {"labels_key": "cell_type", "batch_key": "batch"}}
-    assert [split.protocol for split in splits_of(study(cells, dissociated), 0)] == ["batch"] * 2
+    assert [split.protocol for split in splits_of(study(cells, dissociated), 0, 0)] == ["batch"] * 2
+
+
+def test_seeds_with_fewer_splits_each_take_other_ones_in_turn(tissue, cells):
+    few = study(tissue, {**TISSUE, "most_splits": 2})
+    numbers = [[(split.protocol, split.number) for split in splits_of(few, turn, turn)] for turn in range(3)]
+    assert numbers[0] == [("random", 0), ("random", 1), ("blocks", 0), ("blocks", 1)]
+    assert [number for protocol, number in numbers[1] if protocol == "blocks"] == [2, 3]
+    assert [number for protocol, number in numbers[2] if protocol == "random"] == [4, 0]
+    two = study(cells, {"path": "none", "keys": {"labels_key": "cell_type", "batch_key": "batch"}, "most_splits": 9})
+    assert len(list(splits_of(two, 0, 0))) == 2
 
 
 def test_every_row_says_what_it_is(tissue, base_model):

@@ -55,8 +55,8 @@ class _Turn:
 
 def _turns(config: AnnotationProtocol, study: Study) -> Iterator[_Turn]:
     """Everything that is fitted on a study, seed by seed, so that what is there early is a whole table."""
-    for seed in config.seeds:
-        for split in splits_of(study, seed):
+    for turn, seed in enumerate(config.seeds):
+        for split in splits_of(study, turn, seed):
             for arm in arms_of(config, study, split.protocol):
                 if seed in arm.seeds:
                     yield _Turn(Trial(study, split, seed), arm, Place(study.name, split.protocol, split.number, seed))
@@ -108,7 +108,7 @@ def _notes(study: Study, found: Sequence[Entry]) -> list[str]:
     lines = [f"{study.name}: {size}; {study.dropped} cells of rare or unnamed types left out"]
     if study.places is not None:
         unit = "unit unknown" if study.asked.um_per_unit is None else f"{study.asked.um_per_unit:g} um each"
-        blocks = [split for split in splits_of(study, 0) if split.protocol == "blocks"]
+        blocks = [split for split in splits_of(study, 0, 0) if split.protocol == "blocks"]
         kept = np.mean([len(split.train) / (study.cells.n_obs - len(split.test)) for split in blocks])
         band = f"a guard band of {study.asked.guard_units:g} units ({unit})"
         lines.append(f"{study.name}: {band} leaves {kept:.0%} of the cells outside a block to learn from")

@@ -106,17 +106,24 @@ def study_of(name: str, asked: EvaluatedData, data: AnnData, bases: Mapping[str,
     return Study(name, asked, data[keep].copy(), types[keep].astype(str).astype(object), int((~keep).sum()), bases)
 
 
-def splits_of(study: Study, seed: int) -> Iterator[Split]:
-    """Every split that a study has with one seed."""
+def splits_of(study: Study, turn: int, seed: int) -> Iterator[Split]:
+    """Every split that a study has with one seed, or as many as are asked; ``turn`` counts the seeds, each has other splits."""
     key = study.asked.keys.batch_key
     batches = None if key is None else column(study.cells, key)
     if batches is not None and len(set(batches)) > 1:
-        yield from batch_splits(batches)
+        yield from _turn_of(list(batch_splits(batches)), turn, study.asked.most_splits)
     else:
-        yield from random_splits(study.types, seed)
+        yield from _turn_of(list(random_splits(study.types, seed)), turn, study.asked.most_splits)
     if study.places is not None:
         assert study.asked.guard_units is not None
-        yield from block_splits(study.places, seed, guard_um=study.asked.guard_units)
+        yield from _turn_of(list(block_splits(study.places, seed, guard_um=study.asked.guard_units)), turn, study.asked.most_splits)
+
+
+def _turn_of(splits: list[Split], turn: int, most: int | None) -> Iterator[Split]:
+    """The splits of one seed's turn: all, or the next ``most`` after those of the seed before, around the end."""
+    if most is None or most >= len(splits):
+        return iter(splits)
+    return iter([splits[(turn * most + number) % len(splits)] for number in range(most)])
 
 
 def arms_of(config: AnnotationProtocol, study: Study, protocol: str) -> list[Arm]:

@@ -29,6 +29,8 @@ class EvaluatedData(Config):
     """Width, in the file's units, of the band around held-out tissue that is not learned from; None: 100 um, if units are known."""
     max_cells: int | None = Field(None, ge=1)
     """Largest sentence for this data set, instead of the recipe's: thousands of whole transcriptomes learn faster in smaller ones."""
+    most_splits: int | None = Field(None, ge=1)
+    """At most so many splits of each kind with one seed, the next seed takes the next ones; None: all."""
     bases: dict[str, str] = {}
     """Base models for this data set alone, {name: model folder or models:/NAME@ALIAS}; they must not have seen it."""
 

@@ -93,7 +93,7 @@ def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: st
     if asked.keys.batch_key is not None:
         column(cells, asked.keys.batch_key)
     loaded = {label: load_model(resolve_model(source, uri, home() / "cache").path) for label, source in bases.items()}
-    plain = {key: value for key, value in to_plain(asked).items() if key not in ("path", "bases")}
+    plain = {key: value for key, value in to_plain(asked).items() if key not in ("path", "bases", "most_splits")}
     identity = hashlib.sha256(json.dumps([plain, file_sha256(path)], sort_keys=True).encode()).hexdigest()
     return Opened(cells, loaded, identity)
 
