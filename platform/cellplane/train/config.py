@@ -205,6 +205,10 @@ class PretrainConfig(Config):
     """Name of the run: its folder under $CELLPLANE_HOME/runs, and its identity in MLflow."""
     model: ModelConfig = ModelConfig()
     """The network, or the name of a file in configs/model/; gene and batch numbers come from the shards."""
+    gene_start: Literal["random", "components"] = "random"
+    """Where gene vectors begin: at random, as released, or at main directions of the training cells, for short runs."""
+    components: int = Field(50, ge=1)
+    """At most so many of them, with gene_start components."""
     masking: MaskingConfig = MaskingConfig()
     """What is dropped and hidden."""
     plan: PlanConfig = PlanConfig()

@@ -12,7 +12,8 @@ from cellplane.data.shards import read_manifest
 from cellplane.model.config import ModelConfig, identifying
 from cellplane.train.config import PretrainConfig
 
-DETERMINING = ("model", "masking", "plan", "optimizer")  # sections that change the numbers; workers, engine and keeping do not
+SECTIONS = ("model", "masking", "plan", "optimizer")  # that change the numbers; workers, engine and keeping do not
+DETERMINING = (*SECTIONS, "gene_start", "components")
 
 
 def full_model_config(config: PretrainConfig) -> ModelConfig:
@@ -32,11 +33,13 @@ def run_identity(config: PretrainConfig) -> str:
     plain = to_plain(config)
     if config.plan.weights is None:
         del plain["plan"]["weights"]  # came later: a run of an earlier version keeps its identity
-    parts: dict[str, object] = {name: identifying(plain[name]) for name in DETERMINING} | {
+    parts: dict[str, object] = {name: identifying(plain[name]) for name in SECTIONS} | {
         "data": read_manifest(Path(config.shards)).fingerprint
     }
     if config.validation.share > 0:  # came later too; held-out sentences are not trained on
         parts["held_out"] = {"share": config.validation.share}
+    if config.gene_start == "components":
+        parts["gene_start"] = {"components": config.components}
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from cellplane.data.loader import ShardStore
 from cellplane.errors import CheckpointError
-from cellplane.model.cellplm import new_model
+from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.processes import locked
 from cellplane.tracking.journal import Journal
 from cellplane.train.checkpoint import TrainingState, checkpoints_of
+from cellplane.train.components import begin_at_directions, samples_of
 from cellplane.train.config import PretrainConfig
 from cellplane.train.elastic import Room, agreed
 from cellplane.train.engine import new_engine
@@ -27,7 +28,7 @@ from cellplane.train.run_folder import RunFolder
 from cellplane.train.staging import objective_for
 from cellplane.train.step import Engine, StepResult
 from cellplane.train.throughput import Throughput
-from cellplane.train.validation import Validation, new_validation, training_plan
+from cellplane.train.validation import Validation, new_validation, split_of, training_plan
 from cellplane.train.watchdog import Peer, Watchdog, collective_limit_s
 
 WRITER_WAIT_S = 60.0  # a worker whose driver was killed lives on for some seconds
@@ -69,7 +70,7 @@ def _train(config: PretrainConfig, world_size: int, rank: int, watchdog: Watchdo
         state = _same_everywhere(checkpoints.newest_valid(identity), world_size)
         done = 0 if state is None else state.step
         store, where = ShardStore(Path(config.shards)), device_of(config)
-        network = new_model(full_model_config(config), config.plan.seed).to(where)
+        network = _begun(config, store, done).to(where)
         engine = _engine(config, network, world_size, state)
         keeping = Keeping(
             checkpoints,
@@ -81,6 +82,16 @@ def _train(config: PretrainConfig, world_size: int, rank: int, watchdog: Watchdo
         )
         steps, after = range(done, config.optimizer.steps), _after_step(config, world_size, watchdog, room)
         return train(engine, objective_for(store, config.masking, where), training_plan(config, store), steps, keeping, after)
+
+
+def _begun(config: PretrainConfig, store: ShardStore, done: int) -> CellPLM:
+    """The network as its first step finds it; what a checkpoint holds comes later."""
+    network = new_model(full_model_config(config), config.plan.seed)
+    if config.gene_start == "components" and not done:
+        sentences = split_of(store, config.validation.share, config.plan.seed).training
+        samples = list(samples_of(store, sentences, network.config.input_total, config.plan.seed))
+        begin_at_directions(network, samples, config.components)
+    return network
 
 
 def _engine(config: PretrainConfig, network: nn.Module, world_size: int, state: TrainingState | None) -> Engine:
