@@ -35,13 +35,18 @@ def test_every_row_has_agreement_and_mixing(done):
     rows = {row.method.name: row for row in finished.evaluation.rows("four", "all cells")}
     assert {name: row.method.kind for name, row in rows.items()} == {
         "cellplm": "model",
+        "cellplm, evened": "model",
+        "cellplm, evened, samples centred": "model",
         "cellplm, mixed sentences": "model",
         "random weights of demo": "control",
+        "random weights of demo, evened": "control",
         "PCA50": "baseline",
+        "PCA50, evened": "baseline",
+        "PCA50, evened, samples centred": "baseline",
         "PCA50 of all genes": "baseline",
         "log counts of variable genes": "baseline",
     }
-    assert len(said) == 12
+    assert len(said) == 22
     for row in rows.values():
         assert {name for name, values in row.values.items() if len(values) == 2} == {
             "nmi",

@@ -26,12 +26,15 @@ from cellplane.pipelines.annotation_baselines import variable_genes
 from cellplane.pipelines.annotation_protocol import random_weights, study_of
 from cellplane.pipelines.baselines import COMPONENTS, log_cp10k
 from cellplane.pipelines.clustering import clustering_scores, mixing_scores
+from cellplane.pipelines.evening import evened
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Picture, Place
 from cellplane.pipelines.protocol_config import EmbeddingProtocol, EvaluatedData
 from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, base_notes, check_protocol, finish, open_data, out_of, quiet
 
-MIXED, RANDOM = "mixed sentences", "random weights"
+MIXED, RANDOM, EVENED, CENTRED = "mixed sentences", "random weights", "evened", "samples centred"
+
+EVEN = 0.5  # the root of each direction's spread
 
 Embedded = NDArray[np.floating[Any]]
 
@@ -77,18 +80,32 @@ def run_embedding_protocol(config: EmbeddingProtocol, say: Say = quiet) -> Finis
 
 def spaces_of(cells: AnnData, asked: EvaluatedData, bases: Mapping[str, ModelFolder]) -> Iterator[Space]:
     """Every space that the cells are placed in: bases first; the first base is the row that differences are told of."""
-    mixes = asked.keys.batch_key is not None and len(set(column(cells, asked.keys.batch_key))) > 1
+    samples = None if asked.keys.batch_key is None else column(cells, asked.keys.batch_key)
+    mixes = samples is not None and len(set(samples)) > 1
+    samples = samples if mixes else None
     for number, (name, base) in enumerate(bases.items()):
         row = MODEL_ROW if number == 0 else f"{MODEL_ROW} {name}"
-        yield _by(base, cells, asked, Method(row, "model"))
+        placed = _by(base, cells, asked, Method(row, "model"))
+        yield from _also_evened(placed, samples)
         if mixes:
             yield _by(base, cells, asked, Method(f"{row}, {MIXED}", "model"), mixed=True)
-        yield _untrained(base, cells, asked, Method(f"{RANDOM} of {name}", "control"))
+        yield from _also_evened(_untrained(base, cells, asked, Method(f"{RANDOM} of {name}", "control")), None)
     counts = find_counts(cells, asked.keys).matrix
-    yield Space(Method("PCA50", "baseline"), {"components": COMPONENTS}, lambda seed: components(_variable(counts), seed))
+    usual = Space(Method("PCA50", "baseline"), {"components": COMPONENTS}, lambda seed: components(_variable(counts), seed))
+    yield from _also_evened(usual, samples)
     every = Method("PCA50 of all genes", "baseline")
     yield Space(every, {"components": COMPONENTS, "genes": "all"}, lambda seed: components(log_cp10k(counts), seed))
     yield Space(Method("log counts of variable genes", "baseline"), {}, lambda _: _variable(counts))
+
+
+def _also_evened(space: Space, samples: NDArray[np.object_] | None) -> Iterator[Space]:
+    """A space as it is, evened among the cells and, where there are samples, with each sample centred too; see `evening`."""
+    yield space
+    name, kind = space.method.name, space.method.kind
+    yield Space(Method(f"{name}, {EVENED}", kind), {**space.settings, "even": EVEN}, lambda seed: evened(space.embed(seed), EVEN))
+    if samples is not None:
+        centred = {**space.settings, "even": EVEN, "centred": True}
+        yield Space(Method(f"{name}, {EVENED}, {CENTRED}", kind), centred, lambda seed: evened(space.embed(seed), EVEN, samples))
 
 
 def _by(base: ModelFolder, cells: AnnData, asked: EvaluatedData, method: Method, mixed: bool = False) -> Space:
