@@ -4,6 +4,7 @@
 #   make demo ARGS=--keep              options for the command, or for pytest: make fast ARGS="-k shards"
 
 PYTHON ?= python3
+WORKERS ?= 2
 TORCH := torch==2.13.0
 STAMP := .venv/.installed
 BIN := .venv/bin
@@ -36,8 +37,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: venv  ## the whole way once, from real cells to a served answer
 	@$(BIN)/cellplane demo $(ARGS)
 
-test: venv  ## every test but chaos and gpu
-	@$(BIN)/python -m pytest -m "not chaos and not gpu" $(ARGS)
+test: venv  ## every test but chaos and gpu, in two processes (WORKERS=0: in one)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not chaos and not gpu" $(ARGS)
 
 fast: venv  ## tests that need no Ray cluster
 	@$(BIN)/python -m pytest -m "not chaos and not gpu and not cluster" $(ARGS)

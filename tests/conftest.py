@@ -15,8 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end."""
-    items.sort(key=lambda item: item.get_closest_marker("own_cluster") is None)
+    """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end.
+
+    All that use Ray stay together: with `make test`, one of two processes runs them while the other runs the rest, a file at a time.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("own_cluster") is None, not _uses_ray(item)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _uses_ray(item) else item.path.relative_to(ROOT).as_posix()))
+
+
+def _uses_ray(item: pytest.Item) -> bool:
+    return item.get_closest_marker("cluster") is not None or "ray_cluster" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

@@ -40,13 +40,14 @@ def test_a_tuned_baseline_foretells_better_than_the_average_cell(table, name):
 def test_the_setting_is_chosen_by_the_counts_that_it_is_given_alone(table):
     seen: list[CellTable] = []
 
-    def method(given: CellTable, setting: int):
+    def method(given: CellTable):
         seen.append(given)
-        return low_rank(given, setting)
+        return low_rank(given)
 
     Tuned(method, (2, 3))(table)
-    assert all(part.value.sum() < 0.95 * table.value.sum() for part in seen[:2])
-    assert seen[-1] is table
+    tuned_on, answered = seen
+    assert tuned_on.value.sum() < 0.95 * table.value.sum()
+    assert answered is table
 
 
 def test_a_step_goes_to_neighbours_alone_and_back_as_often_as_there():
@@ -57,7 +58,7 @@ def test_a_step_goes_to_neighbours_alone_and_back_as_often_as_there():
     assert ((step > 0) == (step > 0).T).all()
 
 
-@pytest.mark.parametrize("method", [lambda table: diffusion(table, (15, 2)), lambda table: low_rank(table, 5)])
+@pytest.mark.parametrize("method", [lambda table: diffusion(table)((15, 2)), lambda table: low_rank(table)(5)])
 def test_they_answer_every_cell_once_with_shares(table, method):
     rows, shares = zip(*method(table), strict=True)
     assert sorted(np.concatenate(rows).tolist()) == list(range(table.n_cells))

@@ -49,6 +49,8 @@ def test_every_perturbation_is_left_out_and_those_apart_have_their_own_table(nam
     assert ours[apart[1]] == {names[0]}
     assert ours[together[1]] <= set(names[1:])
     assert len(lines) == 2 * len(rows)
+    leads = [note for note in evaluation.notes if "by perturbation" in note]
+    assert [note.split("lead over ")[1].split()[0] for note in leads] == ["target_only", "mean_of_others", "no_change"]
     again: list[str] = []
     run_perturbation_protocol(config, again.append)
     assert again == []

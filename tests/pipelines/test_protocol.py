@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from cellplane.errors import DataError, StorageError
-from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place, Row, joined
+from cellplane.errors import StorageError
+from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place, Row
 
 OURS, RIDGE, RANDOM = Method("cellplm", "model"), Method("ridge", "baseline"), Method("random weights", "control")
 
@@ -111,14 +111,6 @@ def test_an_evaluation_is_json_and_comes_back():
     rows = {row["name"]: row for row in plain["tables"][0]["rows"]}
     assert rows["cellplm"]["lead"] is None
     assert rows["ridge"]["lead"]["mean"] == pytest.approx(0.15)
-
-
-def test_evaluations_of_one_task_become_one():
-    both = joined([evaluation(entry(OURS, 0, 0.4)), evaluation(entry(RIDGE, 0, 0.3))])
-    assert len(both.entries) == 2
-    assert both.lower_is_better == ("rmse",)
-    with pytest.raises(DataError, match="one task"):
-        joined([evaluation(), Evaluation("embed", "nmi", ())])
 
 
 def test_seeds_that_place_the_same_cells_are_not_tested_as_if_they_were_other_cells():

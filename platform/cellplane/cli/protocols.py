@@ -39,11 +39,8 @@ def protocol_run(task: str, name: str, overrides: list[str], as_json: bool) -> N
 
 
 def _rows(evaluation: Any, dataset: str, protocol: str) -> list[list[str]]:
-    """Every method with its scores, and our lead over it."""
-    rows = []
-    for row in evaluation.rows(dataset, protocol):
-        own = row.method.name == evaluation.model
-        lead = None if own else evaluation.difference(dataset, protocol, row.method.name)
-        scores = [row.text(metric) for metric in evaluation.metrics_of(dataset, protocol)]
-        rows.append([row.method.name, row.method.kind, *scores, "" if lead is None else f"{lead.text()} {lead.verdict}"])
-    return rows
+    """Every method with its scores, and our lead over it in words."""
+    from cellplane.pipelines.evaluation_report import cells_of
+
+    rows = [cells_of(evaluation, (dataset, protocol), row) for row in evaluation.rows(dataset, protocol)]
+    return [[f"{text} {verdict}".strip() for text, verdict in row] for row in rows]

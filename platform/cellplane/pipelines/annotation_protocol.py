@@ -273,7 +273,9 @@ def _fitted(
     own = keys.batch_key if batch_key is None else batch_key
     changes = {"batch_key": own, "spatial_key": keys.spatial_key if spatial else None}
     size = trial.study.asked.max_cells or recipe.max_cells
-    asked = recipe.model_copy(update={"seed": trial.seed, "max_cells": size, "keys": keys.model_copy(update=changes)})
+    steps = recipe.optimizer if recipe.transfer.learn == "head" else trial.study.asked.optimizer or recipe.optimizer
+    told = {"seed": trial.seed, "max_cells": size, "optimizer": steps, "keys": keys.model_copy(update=changes)}
+    asked = recipe.model_copy(update=told)
     return CellTypeAnnotationPipeline(base, asked).fit(train)
 
 

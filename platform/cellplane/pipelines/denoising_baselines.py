@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 Piece = tuple[NDArray[np.int64], NDArray[Any]]  # rows [c], their shares of the total by gene [c, G]
 Answers = Iterable[Piece]
 Ask = Callable[[CellTable], Answers]
+SettingT = TypeVar("SettingT")
+By = Callable[[SettingT], Answers]  # answers by setting; what all settings share is found once
 
 KEPT = 0.9  # of every count (the field's)
 PSEUDO_SHARE = 1e-4  # of the gene's mean, mixed into every profile: else a single log 0 decides
@@ -151,29 +154,35 @@ def walked(step: Any, shares: Any, steps: int) -> Answers:
         yield rows, np.asarray(ends @ shares)
 
 
-def low_rank(table: CellTable, rank: int) -> Answers:
-    """Log counts per 10,000 rebuilt from their first principal components."""
+def low_rank(table: CellTable) -> By[int]:
+    """Log counts per 10,000 rebuilt from their first principal components, by their number."""
     scaled = log_cp10k(matrix(table))
-    components = min(rank, min(scaled.shape) - 1)
+    most = min(max(RANKS), min(scaled.shape) - 1)
     with threadpool_limits(limits=1):
-        pca = PCA(components, svd_solver="arpack", random_state=0)
+        pca = PCA(most, svd_solver="arpack", random_state=0)
         place = pca.fit_transform(scaled)
-    for rows in pieces(table.n_cells):
-        rates = np.expm1(np.clip(place[rows] @ pca.components_ + pca.mean_, 0, None))
-        yield rows, rates / np.maximum(rates.sum(1, keepdims=True), 1e-12)
+
+    def rebuilt(rank: int) -> Answers:
+        kept = slice(min(rank, most))
+        for rows in pieces(table.n_cells):
+            rates = np.expm1(np.clip(place[rows, kept] @ pca.components_[kept] + pca.mean_, 0, None))
+            yield rows, rates / np.maximum(rates.sum(1, keepdims=True), 1e-12)
+
+    return rebuilt
 
 
-def diffusion(table: CellTable, setting: tuple[int, int]) -> Answers:
-    """Profiles averaged over a walk: (neighbours, steps)."""
-    neighbours, steps = setting
-    return walked(transitions(places(table), neighbours), cell_shares(table), steps)
+def diffusion(table: CellTable) -> By[tuple[int, int]]:
+    """Profiles averaged over a walk, by (neighbours, steps)."""
+    place, shares = places(table), cell_shares(table)
+    step = cache(partial(transitions, place))
+    return lambda setting: walked(step(setting[0]), shares, setting[1])
 
 
 @dataclass
 class Tuned:
     """A method with settings, the best of them by splitting once more the counts that it is given; ``chosen`` is the last one."""
 
-    method: Callable[[CellTable, Any], Answers]
+    method: Callable[[CellTable], By[Any]]
     settings: tuple[Any, ...]
     seed: int = 0
     chosen: Any = None
@@ -182,11 +191,12 @@ class Tuned:
     def __call__(self, table: CellTable) -> Answers:
         """Answers with the setting that foretells a tenth of these counts best from the others."""
         kept, rest = split_counts(table, self.seed + 1)
-        found = {setting: splitting_score(self.method(kept, setting), kept, rest) for setting in self.settings}
+        ask = self.method(kept)
+        found = {setting: splitting_score(ask(setting), kept, rest) for setting in self.settings}
         self.chosen = min(found, key=lambda setting: found[setting])
         self.tried = {str(setting): round(nats, 6) for setting, nats in found.items()}
         log.info("%s: %s is best of %d settings", self.method.__name__, self.chosen, len(found))
-        return self.method(table, self.chosen)
+        return self.method(table)(self.chosen)
 
 
 BASELINES: Mapping[str, Ask] = {"gene_frequency": gene_frequency, "knn15": knn15, "nonzero_mean": nonzero_mean}

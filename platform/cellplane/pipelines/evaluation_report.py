@@ -68,7 +68,7 @@ def markdown_table(evaluation: Evaluation, dataset: str, protocol: str) -> list[
     """Lines of one table: method, kind, every metric, and the model's lead."""
     header, lines = _header(evaluation, dataset, protocol), []
     for row in evaluation.rows(dataset, protocol):
-        cells = [text.replace("|", "/") for text, _ in _cells(evaluation, (dataset, protocol), row)]
+        cells = [text.replace("|", "/") for text, _ in cells_of(evaluation, (dataset, protocol), row)]
         lines.append(f"| {' | '.join(cells)} |")
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines]
 
@@ -92,7 +92,7 @@ def _html_table(evaluation: Evaluation, dataset: str, protocol: str) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(evaluation, dataset, protocol))
     lines = []
     for row in evaluation.rows(dataset, protocol):
-        cells = "".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in _cells(evaluation, (dataset, protocol), row))
+        cells = "".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in cells_of(evaluation, (dataset, protocol), row))
         ours = ' class="model"' if row.method.name == evaluation.model else ""
         lines.append(f"<tr{ours}>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
@@ -109,7 +109,7 @@ def _direction(evaluation: Evaluation, metric: str) -> str:
     return "lower is better" if metric in evaluation.lower_is_better else "higher is better"
 
 
-def _cells(evaluation: Evaluation, table: tuple[str, str], row: Row) -> list[tuple[str, str]]:
+def cells_of(evaluation: Evaluation, table: tuple[str, str], row: Row) -> list[tuple[str, str]]:
     """(text, verdict) of a row's cells; only the lead has a verdict."""
     lead = None if row.method.name == evaluation.model else evaluation.difference(*table, row.method.name)
     scores = [(row.text(name), "") for name in evaluation.metrics_of(*table)]

@@ -6,6 +6,7 @@ a perfect prediction would score, given how noisy the measured changes are; pert
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from cellplane.pipelines.perturbation_evaluation import cases_of
 from cellplane.pipelines.perturbation_scores import MEASURES, Case, summary
 from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Place
 from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, check_protocol, finish, out_of, quiet
+from cellplane.pipelines.significance import bootstrap_interval
 from cellplane.pipelines.task_protocols import PerturbationProtocol, ScreenData
 
 CEILING = "split-half ceiling"
@@ -114,6 +116,31 @@ def _notes(name: str, found: Sequence[Entry]) -> list[str]:
         low, high = entry.details["interval"]
         scores = ", ".join(f"{one} {value:.2f}" for one, value in entry.details["by_perturbation"].items())
         lines.append(f"{name}, seed {entry.place.seed}: 95 % interval over perturbations [{low:.3f}, {high:.3f}]; {scores}")
+    lines += _leads(name, found)
     lines.append(f"{name}: the spread is over seeds of the three-way split of the controls, and of the network")
     seconds = [entry.seconds for entry in ours if not entry.place.protocol.endswith("apart")]
     return [*lines, f"{name}: all fits of a seed took {np.mean(seconds):.0f} s"]
+
+
+def _leads(name: str, found: Sequence[Entry]) -> list[str]:
+    """Our lead over every baseline, paired by perturbation (its mean over seeds), with a bootstrap over perturbations."""
+    lines = []
+    baselines = dict.fromkeys(entry.method.name for entry in found if entry.method.kind == "baseline")
+    ours = _by_perturbation(found, MODEL_ROW)
+    for other in baselines if ours else ():
+        theirs = _by_perturbation(found, other)
+        leads = [ours[one] - theirs[one] for one in ours if one in theirs]
+        if leads and np.isfinite(leads).any():
+            low, high = bootstrap_interval(leads)
+            lines.append(f"{name}: lead over {other} by perturbation {np.nanmean(leads):+.3f}, 95 % interval [{low:.3f}, {high:.3f}]")
+    return lines
+
+
+def _by_perturbation(found: Sequence[Entry], row: str) -> dict[str, float]:
+    """Mean over seeds of every perturbation's score in the tables that count."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for entry in found:
+        if entry.method.name == row and not entry.place.protocol.endswith("apart"):
+            for perturbation, score in entry.details["by_perturbation"].items():
+                scores[perturbation].append(float(score))
+    return {one: float(np.mean(values)) for one, values in scores.items()}

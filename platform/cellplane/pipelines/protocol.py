@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cellplane.errors import DataError, StorageError
+from cellplane.errors import StorageError
 from cellplane.pipelines.significance import Difference, paired_difference
 
 Kind = Literal["model", "control", "baseline", "ceiling"]
@@ -107,9 +108,11 @@ class Ledger:
         line = json.dumps({"identity": self.identity, **asdict(entry)}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + line)
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line  # the last one was torn by a crash
+                file.write(line.encode())
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error}; free space or name another folder with -o out=...") from error
         self._known[entry.place, entry.method.name] = entry
@@ -272,14 +275,3 @@ def _known(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_known(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Several evaluations of one task as one; DataError when they are of several tasks or metrics."""
-    if len({(one.task, one.metric, one.model) for one in evaluations}) != 1:
-        raise DataError(f"evaluations of one task and metric can be joined, found {[(one.task, one.metric) for one in evaluations]}")
-    first = evaluations[0]
-    entries, pictures, notes = (
-        tuple(item for one in evaluations for item in getattr(one, name)) for name in ("entries", "pictures", "notes")
-    )
-    return replace(first, entries=entries, pictures=pictures, notes=notes)

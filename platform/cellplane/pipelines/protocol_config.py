@@ -10,7 +10,7 @@ from cellplane.config import Config
 from cellplane.data.config import DataKeys
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.splits import FEWEST_CELLS, GUARD_UM
-from cellplane.train.config import TransferConfig
+from cellplane.train.config import OptimizerConfig, TransferConfig
 
 Control = Literal["one cell", "shuffled coordinates", "positions only", "random weights"]
 CONTROLS: tuple[Control, ...] = ("one cell", "shuffled coordinates", "positions only", "random weights")
@@ -29,6 +29,8 @@ class EvaluatedData(Config):
     """Width, in the file's units, of the band around held-out tissue that is not learned from; None: 100 um, if units are known."""
     max_cells: int | None = Field(None, ge=1)
     """Largest sentence for this data set, instead of the recipe's: thousands of whole transcriptomes learn faster in smaller ones."""
+    optimizer: OptimizerConfig | None = None
+    """For this data set, instead of that of recipe and finetune: a small panel's steps cost little, and it needs more of them."""
     most_splits: int | None = Field(None, ge=1)
     """At most so many splits of each kind with one seed, the next seed takes the next ones; None: all."""
     bases: dict[str, str] = {}

@@ -94,6 +94,8 @@ def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: st
         column(cells, asked.keys.batch_key)
     loaded = {label: load_model(resolve_model(source, uri, home() / "cache").path) for label, source in bases.items()}
     plain = {key: value for key, value in to_plain(asked).items() if key not in ("path", "bases", "most_splits")}
+    if plain.get("optimizer") is None:
+        plain.pop("optimizer", None)  # came later: what was measured without stays known
     identity = hashlib.sha256(json.dumps([plain, file_sha256(path)], sort_keys=True).encode()).hexdigest()
     return Opened(cells, loaded, identity)
 
