@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cellplane.cli.main import run_job
-from cellplane.cli.train import predict_annotate
+from cellplane.cli.predict import predict_annotate
 
 if __name__ == "__main__":
     run_job(predict_annotate)

@@ -146,7 +146,11 @@ def deploy(config: ServeConfig) -> Deployed:
     try:
         router = start_router()
         ingress = serve.deployment(Ingress).options(
-            name=INGRESS, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=INGRESS_ONGOING, **lifetimes(config)
+            name=INGRESS,
+            num_replicas=config.ingress_replicas,
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=INGRESS_ONGOING,
+            **lifetimes(config),
         )
         target = serve.RunTarget(target=ingress.bind(config.limits(), config.api_keys_file), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -170,7 +174,7 @@ def undeploy(name: str | None = None) -> None:
     with suppress(ServiceError, RayError):  # it may be gone already
         ray.kill(get_router())
     for application in serve.status().applications:
-        if application == APP or VERSION_APPLICATION.match(application):
+        if application == APP or VERSION_APPLICATION.fullmatch(application):
             serve.delete(application)
     if not serve.status().applications:
         serve.shutdown()

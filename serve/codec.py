@@ -17,41 +17,42 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from cellplane.client import ARROW_TYPE, GENE_IDS, N_ROWS, REQUEST_COLUMNS, read_metadata, write_stream
 from cellplane.data.naming import to_vocabulary
 from cellplane.data.sentences import CellTable, MemoryStore, contexts
 from cellplane.genes import GeneVocabulary
 
-from .limits import BATCH_JOB, Limits, refuse
+from .bodies import MOST_TOLD, NumberRows, Strict, Strings
+from .limits import BATCH_JOB, Limits, refuse, refuse_unreadable
 
 MAX_EXACT_COUNT = 2**24  # float32 holds every integer up to here
 MAX_COORDINATE_UM = 1e9  # a kilometre: no slide is larger, and float32 holds it
 MAX_MESSAGES = 1024  # record batches in one stream: a million tiny ones would cost minutes
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 NULLABLE = ("x_um", "y_um")
+REFERENCE_ROLE = "reference"
+ROLES = ("query", REFERENCE_ROLE)  # of a cell in an imputation
 MESSAGE_HEADER, RECORD_ROWS, RECORD_BUFFERS, RECORD_COMPRESSION = 2, 0, 2, 3  # field numbers in Arrow's Message.fbs
 
-Strings = Annotated[list[str], Field(fail_fast=True)]
 Positions = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
-Numbers = Annotated[list[float], Field(fail_fast=True)]
 Coordinates = Annotated[list[float | None], Field(fail_fast=True)]
 
 
-class CellsBody(BaseModel):
+class CellsBody(Strict):
     """Cells as JSON: one list entry a cell, genes as positions into gene_ids (or dense counts, one for each gene)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     gene_ids: Strings
     gene: Annotated[list[Positions], Field(fail_fast=True)] | None = None
-    count: Annotated[list[Numbers], Field(fail_fast=True)] | None = None
-    counts: Annotated[list[Numbers], Field(fail_fast=True)] | None = None
+    count: NumberRows | None = None
+    counts: NumberRows | None = None
     batch: Strings | None = None
     sentence: Annotated[list[Annotated[int, Field(ge=-(2**31), lt=2**31)]], Field(fail_fast=True)] | None = None
     x_um: Coordinates | None = None
     y_um: Coordinates | None = None
     cell_id: Strings | None = None
+    role: Strings | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Cells:
     sentence: NDArray[np.int64] | None = None
     coordinates: NDArray[np.float32] | None = None
     cell_id: NDArray[np.object_] | None = None
+    role: NDArray[np.object_] | None = None
 
     @property
     def n_cells(self) -> int:
@@ -79,8 +81,7 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]  # lengths [n],
 
 def decode(body: bytes, content_type: str, limits: Limits) -> Cells:
     """The cells of a body; ServiceError 400 for what cannot be read, 413 for too much, 422 for cells that make no sense."""
-    if not body:
-        raise refuse(400, "the body is empty; send cells")
+    refuse_unreadable(body, "cells")
     gene_ids, columns = _decode_arrow(body, limits) if content_type == ARROW_TYPE else _decode_json(body)
     return checked(gene_ids, columns, limits)
 
@@ -96,8 +97,8 @@ def _decode_arrow(body: bytes, limits: Limits) -> tuple[list[str], Columns]:
 
 def _read_stream(body: bytes, limits: Limits) -> pa.Table:
     """The table of a stream, decompressed only after its declared rows and bytes were found within limits."""
-    reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(body))
-    messages = list(islice(_messages(reader), MAX_MESSAGES + 1))
+    source = pa.BufferReader(body)
+    messages = list(islice(_messages(pa.ipc.MessageReader.open_stream(source)), MAX_MESSAGES + 1))
     if len(messages) > MAX_MESSAGES:
         raise refuse(413, f"the Arrow stream has more than {MAX_MESSAGES - 1} record batches; send fewer and larger ones")
     if not messages or messages[0].type != "schema":
@@ -117,6 +118,8 @@ def _read_stream(body: bytes, limits: Limits) -> pa.Table:
         raise refuse(400, f"the schema metadata lacks {N_ROWS}, the number of cells: without it a cut stream looks whole")
     if rows != expected:
         raise refuse(400, f"the stream was cut: {rows} cells arrived, {N_ROWS} says {expected}; send it again")
+    if source.tell() != len(body) or not body.endswith(END_OF_STREAM):
+        raise refuse(400, "the Arrow stream does not stop at its end mark: it was cut there, or bytes follow; send it again")
     return pa.Table.from_batches([pa.ipc.read_record_batch(message, schema) for message in messages[1:]], schema)
 
 
@@ -241,7 +244,7 @@ def columns_of(parsed: CellsBody) -> tuple[list[str], Columns]:
 
 def _json_refusal(error: ValidationError) -> Exception:
     """What is wrong and where, without quoting what was sent."""
-    if error.error_count() > 100:
+    if error.error_count() > MOST_TOLD:
         return refuse(422, f"{error.error_count()} unknown keys or wrong values; keys are {', '.join(CellsBody.model_fields)}")
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = [str(part)[:80] for part in first["loc"]]
@@ -277,6 +280,7 @@ def checked(gene_ids: list[str], columns: Columns, limits: Limits) -> Cells:
         sentence=_sentence(columns),
         coordinates=_coordinates(columns),
         cell_id=columns.get("cell_id"),
+        role=_role(columns),
     )
 
 
@@ -322,6 +326,15 @@ def _sentence(columns: Columns) -> NDArray[np.int64] | None:
     if "batch" in columns and len(set(zip(sentence.tolist(), columns["batch"], strict=True))) > len(set(sentence.tolist())):
         raise refuse(422, "a sentence holds cells of two batches; cells of different batches never attend to one another")
     return sentence
+
+
+def _role(columns: Columns) -> NDArray[np.object_] | None:
+    if "role" not in columns:
+        return None
+    role: NDArray[np.object_] = columns["role"].astype(object)
+    if (wrong := ~np.isin(role, ROLES)).any():
+        raise refuse(422, f"row {int(np.argmax(wrong))} has a role that is none; roles are {', '.join(ROLES)}")
+    return role
 
 
 def _coordinates(columns: Columns) -> NDArray[np.float32] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cellplane.config import Config
 
@@ -32,8 +32,22 @@ class ServeConfig(Config):
     """Lines of `name sha256 scope[,scope]`; None = no key is asked for, on loopback only."""
     replicas: Annotated[int, Field(ge=1)] = 1
     """Copies of the model; with two, one may die without a pause."""
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    """With more than `replicas`, copies come under load and go when it is over; None = always as many as `replicas`."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 4
+    """Autoscaling: requests that each copy should have in hand; more call for another copy."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5
+    """Autoscaling: how long the load must last before a copy comes."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 120
+    """Autoscaling: how long it must be over before one goes."""
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    """Processes that receive requests, read and write bodies; the last `serve` of an endpoint decides for all its models."""
     num_cpus: Annotated[float, Field(ge=0)] = 1
     """CPUs, and so threads, of each copy; 0 sets none aside, so that an endpoint never keeps training from starting."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each copy; 0.25 lets four share one. Without any the CPU computes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In what the network computes: bfloat16 is faster and half as large; embeddings keep their direction to three digits."""
     max_body_bytes: Annotated[int, Field(ge=1)] = 64 * MIB
     """Largest request body."""
     max_json_bytes: Annotated[int, Field(ge=1)] = 16 * MIB
@@ -67,8 +81,19 @@ class ServeConfig(Config):
     shadow: bool = False
     """Ask the challenger everything the champion is asked, compare, and show nobody its answers."""
 
+    @model_validator(mode="after")
+    def _copies(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Copies there may be."""
+        return self.max_replicas or self.replicas
+
     def limits(self) -> Limits:
-        """What one request may cost."""
+        """What one request may cost, as each process that receives requests counts."""
         return Limits(
             max_body_bytes=self.max_body_bytes,
             max_json_bytes=self.max_json_bytes,
@@ -76,6 +101,6 @@ class ServeConfig(Config):
             max_cells=self.max_cells,
             max_genes=self.max_genes,
             request_timeout_s=self.request_timeout_s,
-            requests_per_minute=self.requests_per_minute,
-            max_in_flight=self.replicas * self.max_ongoing_requests + self.max_queued_requests,
+            requests_per_minute=None if self.requests_per_minute is None else -(-self.requests_per_minute // self.ingress_replicas),
+            max_in_flight=self.most_replicas * self.max_ongoing_requests + self.max_queued_requests,
         )

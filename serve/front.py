@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellplane.artifact.judgement import UNKNOWN
 from cellplane.errors import CellplaneError, ServiceError
@@ -167,9 +168,10 @@ def _agree(answer: Answer, other: Answer) -> bool:
     """Whether two versions name the same cell types, or give the same numbers where there are none."""
     if "cell_type" in answer.columns:
         return bool((answer.columns["cell_type"] == other.columns.get("cell_type")).all())
-    return all(
-        name in other.columns
-        and values.shape == other.columns[name].shape
-        and np.allclose(values, other.columns[name], rtol=SAME, atol=SAME)
-        for name, values in answer.columns.items()
-    )
+    return all(name in other.columns and _alike(values, other.columns[name]) for name, values in answer.columns.items())
+
+
+def _alike(values: NDArray[Any], others: NDArray[Any]) -> bool:
+    if values.shape != others.shape:
+        return False
+    return bool((values == others).all()) if values.dtype == object else np.allclose(values, others, rtol=SAME, atol=SAME)

@@ -37,12 +37,15 @@ CODES = {
     415: "unsupported_media_type",
     422: "invalid_cells",
     429: "rate_limited",
+    431: "headers_too_large",
     500: "internal",
     503: "unavailable",
 }
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready", "/ping", "/health")  # probes carry no key
 OCTETS, HEADER_LENGTH = "application/octet-stream", "inference-header-content-length"  # tensors behind JSON, see `oip`
 REQUEST_ID = "cellplane.request_id"  # key of the ASGI scope
+MAX_HEADER_BYTES = 32 * 1024  # names and values together; keys and ids take a few hundred
+GZIP = b"\x1f\x8b"  # what a gzip file begins with, and neither JSON nor an Arrow stream nor a length before them
 BATCH_JOB = "send fewer cells a call, or use the batch job: cellplane predict"
 MIB = 1024 * 1024
 
@@ -70,9 +73,10 @@ def refuse(status: int, message: str) -> ServiceError:
     return ServiceError(message, status)
 
 
-def error_body(status: int, message: str) -> bytes:
-    """The one shape of every error: what went wrong, and a code programs can read."""
-    return json.dumps({"error": message, "code": CODES.get(status, "error")}).encode()
+def error_body(status: int, message: str, path: str = "") -> bytes:
+    """The one shape of every error: what went wrong, and a code programs can read; under /v2 the protocol knows no code."""
+    code = {} if path == "/v2" or path.startswith("/v2/") else {"code": CODES.get(status, "error")}
+    return json.dumps({"error": message, **code}).encode()
 
 
 def error_headers(status: int) -> dict[str, str]:
@@ -88,6 +92,14 @@ def clean_request_id(given: str | None) -> str:
 def content_type_of(headers: Mapping[str, str]) -> str:
     """The media type of a body without its parameters, in lower case."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def refuse_unreadable(body: bytes, wanted: str) -> None:
+    """ServiceError 400 for an empty body, 415 for a compressed one that did not say so."""
+    if not body:
+        raise refuse(400, f"the body is empty; send {wanted}")
+    if body.startswith(GZIP):
+        raise refuse(415, "the body is compressed by gzip; send it as it is (Arrow compresses inside)")
 
 
 class Rate:
@@ -121,7 +133,7 @@ class Guard:
             return
         headers = Headers(raw=scope["headers"])
         scope[REQUEST_ID] = clean_request_id(headers.get("x-request-id"))
-        answer = _Answer(send, scope[REQUEST_ID], headers.get("x-request-id"))
+        answer = _Answer(send, scope, headers.get("x-request-id"))
         try:
             holder = self._admit(scope, headers)
             if self.rate is not None and scope["method"] == "POST" and (wait_s := self.rate.take(holder)):
@@ -140,13 +152,17 @@ class Guard:
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
         """The name of the key's holder, empty without keys; raises what can be said from path and headers alone."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise refuse(431, f"the headers exceed {MAX_HEADER_BYTES} bytes")
         holder = ""
         if self.keys is not None and scope["path"] not in OPEN_PATHS:
-            holder = self.keys.check(headers.get("authorization"), "predict")
+            holder = self.keys.check(headers.get("authorization"), "predict" if scope["method"] == "POST" else "read")
+        if ".." in re.split("[/:@]", scope["path"]):
+            raise refuse(400, "a path has no part `..`; a model is asked for as NAME, NAME@ALIAS or NAME:VERSION")
         if scope["method"] != "POST":
             return holder
         kind, accepted = content_type_of(headers), _accepted(scope["path"])
-        if kind not in accepted and not (OCTETS in accepted and not kind and HEADER_LENGTH in headers):
+        if kind not in accepted and not (OCTETS in accepted and not kind):  # Triton's client names no type
             raise refuse(415, f"content type {kind[:80]!r} is not understood; send {' or '.join(accepted)}")
         if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
             raise refuse(415, f"content encoding {encoding[:40]!r} is not understood; send the body as it is (Arrow compresses inside)")
@@ -196,10 +212,10 @@ def _accepted(path: str) -> tuple[str, str] | tuple[str]:
 class _Answer:
     """Sends an answer with its request id, and an error only while nothing else was sent."""
 
-    def __init__(self, send: Send, request_id: str, given: str | None) -> None:
-        self._send, self._started = send, False
+    def __init__(self, send: Send, scope: Scope, given: str | None) -> None:
+        self._send, self._started, self._path = send, False, scope["path"]
         # Serve's proxy echoes the caller's header by itself; a second one would make a list of it
-        self._header = [] if given == request_id else [(b"x-request-id", request_id.encode())]
+        self._header = [] if given == scope[REQUEST_ID] else [(b"x-request-id", scope[REQUEST_ID].encode())]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -210,7 +226,7 @@ class _Answer:
     async def error(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         if self._started:
             return
-        body = error_body(status, text)
+        body = error_body(status, text, self._path)
         extra = {
             **error_headers(status),
             **(headers or {}),

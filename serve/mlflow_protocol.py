@@ -13,40 +13,36 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
+from .bodies import NumberByName, NumberRows, Parameters, Strict, Strings, read_json
 from .codec import Cells, CellsBody, Columns, checked, columns_of
-from .limits import Limits, refuse
-
-COUNTS = list[Annotated[list[float], Field(fail_fast=True)]]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+from .document import About
+from .limits import Limits, refuse, refuse_unreadable
 
 
-class SplitFrame(_Strict):
+class SplitFrame(Strict):
     """A table as pandas' orient "split"."""
 
-    columns: list[str]
-    data: COUNTS
-    index: list[int | str] | None = None
+    columns: Strings
+    data: NumberRows
+    index: Annotated[list[int | str], Field(fail_fast=True)] | None = None
 
 
-class Invocation(_Strict):
+class Invocation(Strict):
     """Body of /invocations: exactly one of the three forms, and parameters."""
 
     dataframe_split: SplitFrame | None = None
-    dataframe_records: list[dict[str, float]] | None = None
+    dataframe_records: Annotated[list[NumberByName], Field(fail_fast=True)] | None = None
     inputs: CellsBody | None = None
-    params: dict[str, str | int | float | bool] | None = None
+    params: Parameters | None = None
 
 
 class Predictions(BaseModel):
     """One record a cell, and who answered."""
 
-    predictions: list[dict[str, Any]]
-    about: dict[str, Any]
+    predictions: list[dict[str, float | str | bool | list[float] | list[str]]]
+    about: About
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,8 @@ class Scoring:
 
 def decode_invocation(body: bytes, limits: Limits) -> Scoring:
     """The cells of a body; ServiceError 400 for what is not JSON, 413 for too much, 422 for cells that make no sense."""
-    try:
-        asked = Invocation.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part)[:40] for part in first["loc"])
-        raise refuse(422 if place else 400, f"{place or 'the body'}: {first['msg']}"[:300]) from None
+    refuse_unreadable(body, "a table of cells")
+    asked = read_json(Invocation, body)
     forms = [name for name in ("dataframe_split", "dataframe_records", "inputs") if getattr(asked, name) is not None]
     if len(forms) != 1:
         raise refuse(422, "send exactly one of dataframe_split, dataframe_records, inputs")

@@ -18,14 +18,17 @@ from starlette.requests import ClientDisconnect
 
 from cellplane import __version__
 from cellplane.client import ARROW_TYPE, JSON_TYPE
+from cellplane.data.config import DataKeys
 from cellplane.errors import CellplaneError, ServiceError, VocabularyError
 
 from .codec import CellsBody, decode, encode
+from .document import Live, Ready, documented, predicted
 from .front import Front
 from .limits import REQUEST_ID, Limits, content_type_of, error_body, error_headers, refuse
 from .meters import TEXT_TYPE
+from .options import read_options
 from .protocols import ProtocolPaths
-from .tasks import Question, read_options
+from .tasks import Question
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class LimitsInfo(BaseModel):
     max_cells: int
     max_genes: int
     max_body_bytes: int
+    max_decoded_bytes: int
 
 
 class ModelInfo(BaseModel):
@@ -54,6 +58,14 @@ class ModelInfo(BaseModel):
     task: str
     tasks: list[str]
     classes: list[str]
+    panel_cells: int
+    panel_origin: str | None
+    imputed_genes: list[str]
+    perturbations: list[str]
+    batches: list[str]
+    perturbation_key: str | None
+    control: str | None
+    keys: DataKeys | None
     n_genes: int
     latent_width: int
     max_cells: int
@@ -90,20 +102,18 @@ class GeneList(BaseModel):
     vocabulary_fingerprint: str
 
 
-class ErrorBody(BaseModel):
-    """What went wrong, and a code that programs can read."""
-
-    error: str
-    code: str
-
-
 BODY = {
     "requestBody": {
         "required": True,
         "content": {ARROW_TYPE: {"schema": {"type": "string", "format": "binary"}}, JSON_TYPE: {"schema": CellsBody.model_json_schema()}},
     }
 }
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 409, 413, 415, 422, 503)}
+
+
+class Markdown(PlainTextResponse):
+    """A text that says so."""
+
+    media_type = "text/markdown"
 
 
 class NativePaths:
@@ -114,17 +124,18 @@ class NativePaths:
 
     def app(self) -> FastAPI:
         """The FastAPI application with every path and one shape of error."""
-        about = "Cell language models: annotate and embed cells"
+        about = "Cell language models: annotate, embed, denoise and impute cells, foretell perturbations"
         app = FastAPI(title="cellplane", version=__version__, description=about, redirect_slashes=False)
-        app.get("/v2/health/live")(self.live)
-        app.get("/v2/health/ready", responses={503: {"model": ErrorBody}})(self.ready)
+        app.get("/v2/health/live", response_model=Live)(self.live)
+        app.get("/v2/health/ready", response_model=Ready)(self.ready)
         app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         app.get("/v1/models", response_model=ModelList)(self.models)
-        app.get("/v1/models/{model}", response_model=ModelInfo, responses=ERRORS)(self.model)
-        app.get("/v1/models/{model}/card", response_class=PlainTextResponse, responses=ERRORS)(self.card)
-        app.get("/v1/models/{model}/genes", response_model=GeneList, responses=ERRORS)(self.genes)
-        app.post("/v1/models/{model}/{task}", response_class=Response, responses=ERRORS, openapi_extra=BODY)(self.predict)
-        ProtocolPaths(self.served, self.limits).add_to(app, ERRORS)
+        app.get("/v1/models/{model}", response_model=ModelInfo)(self.model)
+        app.get("/v1/models/{model}/card", response_class=Markdown)(self.card)
+        app.get("/v1/models/{model}/genes", response_model=GeneList)(self.genes)
+        app.post("/v1/models/{model}/{task}", response_class=Response, responses=predicted(), openapi_extra=BODY)(self.predict)
+        ProtocolPaths(self.served, self.limits).add_to(app)
+        app.openapi = documented(app)  # type: ignore[method-assign]
         for kind in (CellplaneError, HTTPException, ClientDisconnect, Exception):
             app.add_exception_handler(kind, _on_error)
         return app
@@ -154,9 +165,9 @@ class NativePaths:
         """One model, by NAME, NAME@ALIAS or NAME:VERSION."""
         return await self.served.describe(model, request.scope[REQUEST_ID])
 
-    async def card(self, model: str) -> PlainTextResponse:
+    async def card(self, model: str) -> Markdown:
         """The model card, Markdown."""
-        return PlainTextResponse(await self.served.card(model), media_type="text/markdown")
+        return Markdown(await self.served.card(model))
 
     async def genes(self, model: str) -> dict[str, Any]:
         """The genes the model knows, in its order."""
@@ -201,4 +212,4 @@ async def _on_error(request: Request, error: Exception) -> Response:
     else:
         log.error("request %s failed: %s", request_id, type(error).__name__)
         status, message = 500, f"something went wrong here; report request id {request_id}"
-    return Response(error_body(status, message), status, {**headers, **error_headers(status)}, media_type=JSON_TYPE)
+    return Response(error_body(status, message, request.scope["path"]), status, {**headers, **error_headers(status)}, media_type=JSON_TYPE)

@@ -1,7 +1,7 @@
 """The Open Inference Protocol, version 2, with its binary extension: what KServe, Triton and MLServer clients speak.
 
 Cells come as tensors: ``genes`` BYTES [genes] and ``counts`` [cells, genes], or CSR as ``indptr`` [cells + 1],
-``indices`` [nnz], ``data`` [nnz]; ``coordinates`` [cells, 2] and ``batch`` BYTES [cells] may be there too. A binary
+``indices`` [nnz], ``data`` [nnz]; ``coordinates`` [cells, 2], ``batch`` and ``role`` BYTES [cells] may be there too. A binary
 body is a JSON header followed by the tensors' bytes, little-endian; BYTES elements carry their length in front.
 """
 
@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from .bodies import MOST_PARAMETERS, NumberRows, Numbers, Parameters, Strict, StringRows, Strings, read_json
 from .codec import Cells, Columns, checked
-from .limits import HEADER_LENGTH, OCTETS, Limits, refuse
+from .limits import HEADER_LENGTH, OCTETS, Limits, refuse, refuse_unreadable
 
 BINARY_TYPES = {
     name: np.dtype(code)
@@ -28,41 +29,37 @@ BINARY_TYPES = {
     )
 }
 BYTES = "BYTES"
-EXPECTED = {"genes": 1, "counts": 2, "indptr": 1, "indices": 1, "data": 1, "coordinates": 2, "batch": 1}  # dimensions
-TEXTS = ("genes", "batch")
+DATATYPES = {"O": BYTES, "b": "BOOL", "i": "INT64"}  # of an output, by the kind of its values; else FP32
+EXPECTED = {"genes": 1, "counts": 2, "indptr": 1, "indices": 1, "data": 1, "coordinates": 2, "batch": 1, "role": 1}  # dimensions
+TEXTS = ("genes", "batch", "role")
 
-Parameters = dict[str, str | int | float | bool]
-Data = list[float] | list[str] | list[list[float]] | list[list[str]]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Data = Annotated[Numbers | Strings | NumberRows | StringRows, Field(union_mode="left_to_right")]
 
 
-class RequestInput(_Strict):
+class RequestInput(Strict):
     """One tensor of a request; ``data`` is left out when it follows in binary."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0, lt=2**40)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**40)]], Field(fail_fast=True)]
     datatype: str
     parameters: Parameters | None = None
     data: Data | None = None
 
 
-class RequestOutput(_Strict):
+class RequestOutput(Strict):
     """An output that is wanted."""
 
     name: str
     parameters: Parameters | None = None
 
 
-class InferRequest(_Strict):
+class InferRequest(Strict):
     """Body of an inference; ``parameters`` may name the ``task`` and its options."""
 
     id: str | None = None
     parameters: Parameters | None = None
-    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=len(EXPECTED))]
-    outputs: list[RequestOutput] | None = None
+    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=len(EXPECTED), fail_fast=True)]
+    outputs: Annotated[list[RequestOutput], Field(max_length=MOST_PARAMETERS, fail_fast=True)] | None = None
 
 
 class ResponseOutput(BaseModel):
@@ -72,7 +69,7 @@ class ResponseOutput(BaseModel):
     shape: list[int]
     datatype: str
     parameters: Parameters | None = None
-    data: list[Any] | None = None
+    data: list[float | str | bool] | None = None
 
 
 class InferResponse(BaseModel):
@@ -83,7 +80,7 @@ class InferResponse(BaseModel):
     model_name: str
     model_version: str
     id: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     outputs: list[ResponseOutput]
 
 
@@ -103,6 +100,7 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
+    properties: dict[str, str]
 
 
 class ServerMetadata(BaseModel):
@@ -127,12 +125,7 @@ class Inference:
 def decode_inference(body: bytes, header_length: str | None, limits: Limits) -> Inference:
     """The cells of a body; ServiceError 400 for what cannot be read, 413 for too much, 422 for tensors that make no sense."""
     text, rest = _split(body, header_length, limits)
-    try:
-        request = InferRequest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part)[:40] for part in first["loc"])
-        raise refuse(422 if place else 400, f"{place or 'the body'}: {first['msg']}"[:300]) from None
+    request = read_json(InferRequest, text)
     tensors = _tensors(request.inputs, rest)
     parameters = dict(request.parameters or {})
     binary = parameters.pop("binary_data_output", False) is True
@@ -153,8 +146,7 @@ def encode_inference(inference: Inference, columns: Mapping[str, NDArray[Any]], 
     outputs, tail = [], []
     for name, in_binary in wanted.items():
         values = columns[name]
-        datatype = BYTES if values.dtype == object else "FP32"
-        output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": datatype}
+        output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": DATATYPES.get(values.dtype.kind, "FP32")}
         if in_binary:
             tail.append(_to_bytes(values))
             output["parameters"] = {"binary_data_size": len(tail[-1])}
@@ -176,20 +168,35 @@ def encode_inference(inference: Inference, columns: Mapping[str, NDArray[Any]], 
 def metadata(described: Mapping[str, Any], versions: Sequence[str]) -> ModelMetadata:
     """What a served model takes and gives, in the protocol's words."""
     inputs = [("genes", BYTES, [-1]), ("counts", "FP32", [-1, -1]), ("indptr", "INT64", [-1]), ("indices", "INT32", [-1])]
-    inputs += [("data", "FP32", [-1]), ("coordinates", "FP32", [-1, 2]), ("batch", BYTES, [-1])]
-    outputs = [("embedding", "FP32", [-1, int(described["latent_width"])])] if "embed" in described["tasks"] else []
-    if "annotate" in described["tasks"]:
-        outputs += [("cell_type", BYTES, [-1]), ("confidence", "FP32", [-1]), ("unknown_score", "FP32", [-1])]
-        outputs += [("proba", "FP32", [-1, len(described["classes"])])]
+    inputs += [("data", "FP32", [-1]), ("coordinates", "FP32", [-1, 2]), ("batch", BYTES, [-1]), ("role", BYTES, [-1])]
+    width, classes = int(described["latent_width"]), len(described["classes"])
+    by_task = {
+        "embed": [("embedding", "FP32", [-1, width])],
+        "annotate": [
+            *(("cell_type", BYTES, [-1]), ("confidence", "FP32", [-1]), ("unknown_score", "FP32", [-1])),
+            ("proba", "FP32", [-1, classes]),
+        ],
+        "denoise": [("rate", "FP32", [-1, -1]), ("size_factor", "FP32", [-1])],
+        "impute": [("rate", "FP32", [-1, -1]), ("sd", "FP32", [-1, -1])],
+        "perturb": [
+            *(("perturbation", BYTES, [-1]), ("group", BYTES, [-1]), ("kind", BYTES, [-1]), ("seen", "BOOL", [-1])),
+            *(("fallback", "BOOL", [-1]), ("control_cells", "INT64", [-1]), ("log_fold_change", "FP32", [-1, -1])),
+            *((name, "FP32", [-1, -1]) for name in ("mean_log", "rate_control", "rate_perturbed")),
+        ],
+    }
+    outputs = [output for task in by_task if task in described["tasks"] for output in by_task[task]]
     told = [[TensorInfo(name=name, datatype=kind, shape=shape) for name, kind, shape in group] for group in (inputs, outputs)]
-    return ModelMetadata(name=described["name"], versions=list(versions), platform="cellplane", inputs=told[0], outputs=told[1])
+    names = {"name": described["name"], "versions": list(versions), "platform": "cellplane"}
+    properties = {name: str(described[name]) for name in ("task", "model_sha256", "vocabulary_fingerprint")}
+    return ModelMetadata(**names, inputs=told[0], outputs=told[1], properties=properties)
 
 
 def _split(body: bytes, header_length: str | None, limits: Limits) -> tuple[bytes, bytes]:
     """The JSON part of a body and the bytes behind it."""
+    refuse_unreadable(body, "inputs")
     if header_length is None:
         length = len(body)
-    elif not header_length.isdecimal() or int(header_length[:12]) > len(body):
+    elif not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > len(body):  # 5,000 digits are no int
         raise refuse(400, f"the header {HEADER_LENGTH} must be the length of the body's JSON part, at most {len(body)}")
     else:
         length = int(header_length)
@@ -274,6 +281,8 @@ def _columns(tensors: Mapping[str, NDArray[Any]]) -> tuple[list[str], Columns]:
     sparse = [name for name in ("indptr", "indices", "data") if name in tensors]
     if "counts" in tensors and not sparse:
         cells, width = tensors["counts"].shape
+        if not width or width != len(genes):  # before a row's length is written down for each of up to 2**40 empty rows
+            raise refuse(422, f"input 'counts' has {width} columns for {len(genes)} genes")
         columns["counts"] = np.full(cells, width, dtype=np.int64), tensors["counts"].reshape(-1)
     elif len(sparse) == 3 and "counts" not in tensors:
         columns |= _csr(tensors["indptr"], tensors["indices"], tensors["data"])
@@ -283,8 +292,7 @@ def _columns(tensors: Mapping[str, NDArray[Any]]) -> tuple[list[str], Columns]:
         if tensors["coordinates"].shape[1] != 2:
             raise refuse(422, f"'coordinates' has {tensors['coordinates'].shape[1]} columns, expected 2: x and y in micrometres")
         columns["x_um"], columns["y_um"] = (tensors["coordinates"][:, axis] for axis in (0, 1))
-    if "batch" in tensors:
-        columns["batch"] = tensors["batch"]
+    columns |= {name: tensors[name] for name in ("batch", "role") if name in tensors}
     return genes, columns
 
 
@@ -303,6 +311,6 @@ def _csr(indptr: NDArray[Any], indices: NDArray[Any], data: NDArray[Any]) -> Col
 
 def _to_bytes(values: NDArray[Any]) -> bytes:
     if values.dtype != object:
-        return np.ascontiguousarray(values, dtype="<f4").tobytes()
+        return np.ascontiguousarray(values, dtype={"b": "?", "i": "<i8"}.get(values.dtype.kind, "<f4")).tobytes()
     texts = [str(value).encode() for value in values.reshape(-1)]
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.cells import CellBatch
+from cellplane.data.company import READ_ONLY, SharedStore
 from cellplane.data.sentences import CellTable, MemoryStore
 
 Answers = dict[str, NDArray[Any]]
@@ -28,12 +29,17 @@ Ask = Callable[[Any, "PackedStore"], Answers]
 class PackedStore:
     """A SentenceStore over several requests: their sentences one after another, rows counted through."""
 
-    parts: Sequence[MemoryStore]
+    parts: Sequence[MemoryStore | SharedStore]
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """Cells of every sentence."""
         return np.concatenate([part.sizes for part in self.parts])
+
+    @property
+    def n_asked(self) -> int:
+        """Cells that are answered."""
+        return int(self.firsts[-1])
 
     @property
     def table(self) -> CellTable:
@@ -50,18 +56,23 @@ class PackedStore:
         """These sentences packed; each cell knows the genes its own request measured."""
         edges = np.cumsum([0, *(len(part.sentences) for part in self.parts)])
         owner = np.searchsorted(edges, np.asarray(sentences), side="right") - 1
-        panels = torch.from_numpy(np.stack([part.table.panel for part in self.parts]))
+        asked = {
+            index: [sentence - int(edges[index]) for sentence, of in zip(sentences, owner, strict=True) if of == index]
+            for index in dict.fromkeys(owner.tolist())
+        }
+        batches = {index: self.parts[index].read(own) for index, own in asked.items()}
+        panels = torch.cat([batch.panels for batch in batches.values()])
+        firsts = np.cumsum([0, *(len(batch.panels) for batch in batches.values())])
         read = []
-        for index in dict.fromkeys(owner.tolist()):
-            batch = self.parts[index].read(
-                [sentence - int(edges[index]) for sentence, of in zip(sentences, owner, strict=True) if of == index]
-            )
-            panel, row = torch.full_like(batch.panel_index, index), batch.row + int(self.firsts[index])
-            read.append(replace(batch, panels=panels, panel_index=panel, row=row))
+        for first, (index, batch) in zip(firsts.tolist(), batches.items(), strict=False):
+            row = torch.where(batch.row == READ_ONLY, batch.row, batch.row + int(self.firsts[index]))
+            read.append(replace(batch, panels=panels, panel_index=batch.panel_index + first, row=row))
         return CellBatch.concat(read)
 
     def split(self, answers: Answers) -> list[Answers]:
-        """Each request's own rows."""
+        """Each request's own rows; of the only request all there are."""
+        if len(self.parts) == 1:
+            return [answers]
         spans = zip(self.firsts[:-1], self.firsts[1:], strict=True)
         return [{name: values[first:end] for name, values in answers.items()} for first, end in spans]
 
@@ -69,7 +80,7 @@ class PackedStore:
 @dataclass
 class _Waiting:
     task: Hashable
-    store: MemoryStore
+    store: MemoryStore | SharedStore
     answer: asyncio.Future[Answers]
 
 
@@ -89,7 +100,7 @@ class Packer:
     _queue: deque[_Waiting] = field(default_factory=deque)
     _running: asyncio.Task[None] | None = None
 
-    async def __call__(self, task: Hashable, store: MemoryStore) -> Answers:
+    async def __call__(self, task: Hashable, store: MemoryStore | SharedStore) -> Answers:
         """The answer for the cells of one request; requests of equal ``task`` may be asked about together."""
         waiting = _Waiting(task, store, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
@@ -111,7 +122,7 @@ class Packer:
         for waiting in self._queue:
             if waiting.answer.done():
                 continue
-            size = waiting.store.table.n_cells
+            size = int(waiting.store.sizes.sum())
             if not pack or (waiting.task == pack[0].task and cells + size <= self.max_cells):
                 pack.append(waiting)
                 cells += size

@@ -17,12 +17,14 @@ from cellplane.client import JSON_TYPE
 from cellplane.errors import CellplaneError
 
 from .codec import Cells
+from .document import BYTES_SCHEMA, ModelReady
 from .front import Front
 from .limits import HEADER_LENGTH, OCTETS, REQUEST_ID, Limits, refuse
 from .mlflow_protocol import Invocation, Predictions, decode_invocation, encode_predictions
 from .oip import InferRequest, InferResponse, ModelMetadata, ServerMetadata, decode_inference, encode_inference, metadata
+from .options import Scalar, read_options
 from .replica import Answer
-from .tasks import Question, Scalar, read_options
+from .tasks import Question
 
 NAMES = Mapping[str, Scalar]
 
@@ -33,19 +35,20 @@ class ProtocolPaths:
     def __init__(self, served: Front, limits: Limits) -> None:
         self.served, self.limits = served, limits
 
-    def add_to(self, app: FastAPI, errors: dict[int | str, dict[str, Any]]) -> None:
-        """Put the paths into an application, with these descriptions of errors."""
-        app.get("/v2", response_model=ServerMetadata)(self.server)
-        infer = {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": _schema(InferRequest)}, OCTETS: _BINARY}}}
+    def add_to(self, app: FastAPI) -> None:
+        """Put the paths into an application."""
+        for place in ("/v2", "/v2/"):  # the protocol's text has the first, its OpenAPI the second
+            app.get(place, response_model=ServerMetadata)(self.server)
+        infer = {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": _schema(InferRequest)}, OCTETS: BYTES_SCHEMA}}}
         for place in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             versioned = "version" in place
-            app.get(place, response_model=ModelMetadata, responses=errors)(self.versioned_model if versioned else self.model)
-            app.get(f"{place}/ready", responses=errors)(self.versioned_model_ready if versioned else self.model_ready)
-            answers: dict[int | str, dict[str, Any]] = {200: {"model": InferResponse, "content": {OCTETS: _BINARY}}, **errors}
+            app.get(place, response_model=ModelMetadata)(self.versioned_model if versioned else self.model)
+            app.get(f"{place}/ready", response_model=ModelReady)(self.versioned_model_ready if versioned else self.model_ready)
+            answers: dict[int | str, dict[str, Any]] = {200: {"model": InferResponse, "content": {OCTETS: BYTES_SCHEMA}}}
             post = app.post(f"{place}/infer", response_class=Response, responses=answers, openapi_extra=infer)
             post(self.versioned_infer if versioned else self.infer)
         scored = {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": _schema(Invocation)}}}}
-        told: dict[int | str, dict[str, Any]] = {200: {"model": Predictions}, **errors}
+        told: dict[int | str, dict[str, Any]] = {200: {"model": Predictions}}
         app.post("/invocations", response_class=Response, responses=told, openapi_extra=scored)(self.invocations)
         app.get("/ping", response_class=PlainTextResponse)(self.ping)
         app.get("/health", response_class=PlainTextResponse)(self.ping)
@@ -114,9 +117,6 @@ class ProtocolPaths:
             task = (await self.served.describe(model, request_id))["tasks"][0]
         answer = await self.served.predict(model, Question(str(task), cells, read_options(str(task), options)), request_id)
         return Answer(answer.columns, {**answer.about, "task": str(task), "request_id": request_id})
-
-
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _schema(model: Any) -> dict[str, Any]:

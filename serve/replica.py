@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cellplane.data.sentences import CellTable, memory_store
-from cellplane.errors import IntegrityError
+from cellplane.data.sentences import CellTable, MemoryStore, memory_store
+from cellplane.errors import ConfigError, DataError, IntegrityError, VocabularyError
 from cellplane.inference import Predictor
-from cellplane.pipelines.golden import check_golden
+from cellplane.model.config import Precision
+from cellplane.pipelines.golden import check_golden, golden_answers
 
 from .codec import to_store
 from .deployment import ServeConfig
-from .limits import BATCH_JOB, refuse
+from .limits import refuse
+from .options import OPTIONS
 from .packing import Answers, PackedStore, Packer
 from .routes import Version
-from .tasks import OPTIONS, Computation, Question, compute, prepare, worded
+from .tasks import Computation, Loaded, Prepared, Question, compute, prepare, worded
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ class ModelReplica:
 
     def __init__(self, config: ServeConfig, version: Version) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        self.config, self.predictor = config, load_warm(Path(version.path))
+        device = "cuda" if config.num_gpus and torch.cuda.is_available() else "cpu"
+        self.config, self.predictor = config, load_warm(Path(version.path), device, config.dtype)
+        self.loaded = Loaded.of(self.predictor)
         self.version = replace(version, model_sha256=self.predictor.folder.model_sha256)
         self._packer = Packer(self._ask, config.max_cells_per_forward)
         log.info("model %s version %s is loaded: %s", config.name, version.label, self.version.model_sha256[:16])
@@ -61,12 +65,14 @@ class ModelReplica:
         """Name, version, tasks, classes, context size, checksums and limits."""
         info = {key: value for key, value in self.predictor.info().items() if key != "lineage"}
         limits = self.config.limits()
+        most = {name: getattr(limits, name) for name in ("max_cells", "max_genes", "max_body_bytes", "max_decoded_bytes")}
         return {
             "name": self.config.name,
             **self._origin(),
             **info,
+            **self.loaded.describe(),
             "tasks": list(self._tasks),
-            "limits": {"max_cells": limits.max_cells, "max_genes": limits.max_genes, "max_body_bytes": limits.max_body_bytes},
+            "limits": most,
         }
 
     async def card(self) -> str:
@@ -85,34 +91,30 @@ class ModelReplica:
     async def predict(self, question: Question) -> Answer:
         """The task's answer for every cell, in the order sent.
 
-        ServiceError 409 for a task this model has not, 422 for an option it cannot follow; VocabularyError for foreign genes.
+        ServiceError 409 for a task this model has not, 413 for too large an answer, 422 for an option it cannot follow;
+        VocabularyError for foreign genes.
         """
         task, cells, folder = question.task, question.cells, self.predictor.folder
         if task not in self._tasks:
             raise refuse(409, f"model {self.config.name!r} does not {task}; it can {', '.join(self._tasks) or 'nothing here'}")
-        store, genes, warnings = await asyncio.to_thread(to_store, cells, folder.vocabulary, folder.max_cells)
-        if task == "denoise" and cells.n_cells * len(folder.vocabulary) * 4 > self.config.max_decoded_bytes:
-            raise refuse(
-                413, f"{cells.n_cells} cells of {len(folder.vocabulary)} rates exceed {self.config.max_decoded_bytes} bytes; {BATCH_JOB}"
-            )
-        store, computation = prepare(self.predictor, store, question)
-        columns, told = worded(self.predictor, store, question, await self._packer(computation, store))
+        if cells.role is not None and task != "impute":
+            raise refuse(422, f"column 'role' says which cells are an imputation's reference; leave it out to {task}")
+        store, genes, warnings = await asyncio.to_thread(to_store, cells, folder.vocabulary, self.loaded.max_cells)
+        prepared = await asyncio.to_thread(self._prepare, store, question)
+        answers = await self._packer(prepared.computation, prepared.store)
+        columns, told = await asyncio.to_thread(worded, self.loaded, prepared, question, answers)
         if not all(np.isfinite(values).all() for values in columns.values() if values.dtype != object):
             raise IntegrityError("the model gave values that are not finite")
-        if cells.cell_id is not None:
-            columns = {"cell_id": cells.cell_id, **columns}
+        if cells.cell_id is not None and task != "perturb":  # its rows are populations
+            columns = {"cell_id": cells.cell_id if prepared.rows is None else cells.cell_id[prepared.rows], **columns}
         about = {
             "model": self.config.name,
             **self._origin(),
             "model_sha256": folder.model_sha256,
             "vocabulary_fingerprint": folder.vocabulary.fingerprint,
             "dtype": question.options.dtype,
-            "context": {
-                "policy": "sentences of the request" if cells.sentence is not None else "request, by batch",
-                "max_cells": folder.max_cells,
-                "sentences": len(store.sentences),
-                "seed": 0,
-            },
+            "precision": self.predictor.precision,
+            "context": {**prepared.context, "max_cells": self.loaded.max_cells, "seed": 0},
             "gene_overlap": genes["overlap"],
             "n_shared": genes["n_shared"],
             "n_dropped": genes["n_dropped"],
@@ -120,8 +122,16 @@ class ModelReplica:
         }
         return Answer(columns, {**about, **told})
 
+    def _prepare(self, store: MemoryStore, question: Question) -> Prepared:
+        try:
+            return prepare(self.loaded, store, question, self.config.max_decoded_bytes)
+        except VocabularyError:
+            raise
+        except (DataError, ConfigError) as error:
+            raise refuse(422, str(error)) from error
+
     def _ask(self, computation: Computation, store: PackedStore) -> Answers:
-        return compute(self.predictor, computation, store)
+        return compute(self.loaded, computation, store)
 
     @property
     def _tasks(self) -> tuple[str, ...]:
@@ -132,12 +142,12 @@ class ModelReplica:
         return {"version": self.version.label, "run_id": self.version.run_id}
 
 
-def load_warm(folder: Path) -> Predictor:
+def load_warm(folder: Path, device: str = "cpu", precision: Precision = "float32") -> Predictor:
     """The verified model of a folder, used once on two made-up cells, so that the first caller does not wait.
 
     Raises the model folder's errors, and IntegrityError when the model gives no numbers.
     """
-    predictor = Predictor.load(folder)
+    predictor = Predictor.load(folder, device, precision)
     genes = np.arange(min(16, len(predictor.folder.vocabulary)), dtype=np.int64)
     table = CellTable(
         crow=np.array([0, len(genes), 2 * len(genes)]),
@@ -145,6 +155,8 @@ def load_warm(folder: Path) -> Predictor:
         value=np.ones(2 * len(genes), dtype=np.float32),
         panel=np.ones(len(predictor.folder.vocabulary), dtype=bool),
     )
-    if not np.isfinite(predictor.embed(memory_store(table, 2))).all():
+    store = memory_store(table, 2)
+    answers = {"embedding": predictor.embed(store)} if "embed" in predictor.tasks else golden_answers(predictor, store)
+    if not all(np.isfinite(values).all() for values in answers.values()):
         raise IntegrityError("the model gives NaN or infinite values on plain counts; it must not be served")
     return predictor

@@ -100,7 +100,7 @@ class Table:
 
     def route(self, reference: str, request_id: str = "") -> Route:
         """Where a request for NAME, NAME@ALIAS or NAME:VERSION goes; 400 for no such form, 404 for one not served."""
-        match = REFERENCE.match(reference)
+        match = REFERENCE.fullmatch(reference)  # `$` alone would let a newline pass
         if match is None:
             raise refuse(400, "a model is asked for as NAME, NAME@ALIAS or NAME:VERSION, in lower case letters, digits, . _ -")
         name, alias, label = match.groups()

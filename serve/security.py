@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cellplane.errors import ConfigError, ServiceError
 
-SCOPES = ("predict", "deploy")
+SCOPES = ("predict", "read")  # ask models; or only look: what is served, cards, metrics. Nothing over HTTP changes what is served
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
@@ -30,7 +30,7 @@ class ApiKey:
     scopes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not NAME.match(self.name) or not DIGEST.match(self.digest):
+        if not NAME.fullmatch(self.name) or not DIGEST.fullmatch(self.digest):
             raise ConfigError("an API key line is `name sha256 scope[,scope]`: a plain name and 64 hexadecimal digits")
         if unknown := sorted(set(self.scopes) - set(SCOPES)) or not self.scopes:
             raise ConfigError(f"API key {self.name!r} has scopes {unknown or 'none'}; valid are {', '.join(SCOPES)}")
@@ -65,7 +65,7 @@ class ApiKeys:
         matches = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         if scheme.lower() != "bearer" or not matches:
             raise ServiceError("an API key is needed: send the header `Authorization: Bearer KEY` with a key this endpoint knows", 401)
-        if not any(scope in key.scopes for key in matches):
+        if not any(scope in key.scopes or (scope == "read" and "predict" in key.scopes) for key in matches):
             raise ServiceError(f"this API key may not {scope}; ask for one with the scope {scope!r}", 403)
         return matches[0].name
 

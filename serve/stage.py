@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 
 from cellplane.errors import CellplaneError, IntegrityError, ServiceError
@@ -31,6 +32,7 @@ START_ATTEMPTS = 2  # a damaged model fails every time: say so soon
 HEALTH_CHECK_S = 2.0  # how soon a dead replica is noticed and replaced
 DRAIN_S = 1.0  # until every ingress has the table without a version that goes
 POLL_S = 0.1
+LOOK_BACK_S = 12.0  # whose mean load decides about copies; Ray hears of it every ten seconds
 VERSION_APPLICATION = re.compile(rf"^{NAME}--v(?:{LABEL})$")  # whatever `application_name` gives
 
 
@@ -45,6 +47,22 @@ def lifetimes(config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
         "health_check_period_s": HEALTH_CHECK_S,
         "max_constructor_retry_count": START_ATTEMPTS,
+    }
+
+
+def copies(config: ServeConfig) -> dict[str, Any]:
+    """How many copies of a model there are: a number, or as many as the load calls for."""
+    if config.most_replicas == config.replicas:
+        return {"num_replicas": config.replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=config.most_replicas,
+            target_ongoing_requests=config.target_ongoing_requests,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            look_back_period_s=LOOK_BACK_S,
+        )
     }
 
 
@@ -63,15 +81,18 @@ class ServeStage:
         self._wait_until_gone(name, config.startup_timeout_s)
         application = serve.deployment(ModelReplica).options(
             name=MODEL,
-            num_replicas=config.replicas,
-            ray_actor_options={"num_cpus": config.num_cpus},
+            **copies(config),
+            ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
             max_ongoing_requests=config.max_ongoing_requests,
             max_queued_requests=config.max_queued_requests,
             **lifetimes(config),
         )
         target = serve.RunTarget(target=application.bind(config, version), name=name, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        wait_until_running(name, config.startup_timeout_s, f"are {config.num_cpus * config.replicas:g} CPUs free?")
+        needed = f"{config.num_cpus * config.replicas:g} CPUs" + (
+            f" and {config.num_gpus * config.replicas:g} GPUs" if config.num_gpus else ""
+        )
+        wait_until_running(name, config.startup_timeout_s, f"are {needed} free?")
 
     def check(self, model: str, version: Version) -> Version:
         """See Stage: through the handle that requests will take."""

@@ -1,41 +1,43 @@
-"""What a model can be asked over the wire, the options of each task, and how an answer is put in columns.
+"""What a model can be asked over the wire, and how an answer is put in columns.
 
 A task has two halves: what the network computes of many requests at once, and how one request's rows are worded by
-its own options. The first never depends on the second, so requests with different options share a forward.
+its own options. The first never depends on the second, so requests with different options share a forward. What is told
+of a whole request at once (imputed genes, perturbed populations) is computed for it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.judgement import UNKNOWN
 from cellplane.cells import CellBatch
+from cellplane.data.company import SharedStore, self_store, store_with_panel
 from cellplane.data.sentences import MemoryStore, SentenceStore
 from cellplane.errors import ConfigError
 from cellplane.inference import RATES_PER, BatchedStore, Predictor, batches_of, decoded_in
+from cellplane.pipelines import imputation_answer, perturbation_answer
 
+from . import imputing, perturbing
 from .codec import Cells
-from .limits import refuse
+from .imputing import Imputation
+from .limits import BATCH_JOB, refuse
+from .options import DTYPES, Options
+from .perturbing import Perturbation
 
 Columns = dict[str, NDArray[Any]]
 About = dict[str, Any]
-Scalar = str | int | float | bool
-DTYPES = {"float32": np.float32, "float16": np.float16}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How one request wants its answer; what a task does not take keeps its default."""
-
-    threshold: float = 0.0
-    top_k: int | None = None
-    dtype: str = "float32"
-    target_batch: str | None = None
+Store = MemoryStore | SharedStore
+Kept = imputation_answer.Fitted | perturbation_answer.Fitted
+FITTED: dict[str, Callable[[ModelFolder], Kept]] = {
+    "impute": imputation_answer.fitted_from,
+    "perturb": perturbation_answer.fitted_from,
+}
 
 
 @dataclass(frozen=True)
@@ -48,58 +50,68 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model as a replica holds it: its predictor, and what its task keeps beside the network."""
+
+    predictor: Predictor
+    kept: Kept | None
+
+    @classmethod
+    def of(cls, predictor: Predictor) -> Loaded:
+        """The model, what it keeps read once; FileFormatError when that is broken."""
+        return cls(predictor, FITTED[predictor.task](predictor.folder) if predictor.task in FITTED else None)
+
+    @property
+    def imputation(self) -> imputation_answer.Fitted:
+        """What an imputation keeps."""
+        assert isinstance(self.kept, imputation_answer.Fitted)
+        return self.kept
+
+    @property
+    def perturbation(self) -> perturbation_answer.Fitted:
+        """What a perturbation keeps."""
+        assert isinstance(self.kept, perturbation_answer.Fitted)
+        return self.kept
+
+    @property
+    def max_cells(self) -> int:
+        """Most of the caller's cells in one sentence."""
+        return self.imputation.config.query_cells if self.predictor.task == "impute" else self.predictor.max_cells
+
+    def describe(self) -> About:
+        """What a caller can ask this model for by name."""
+        task, known = self.predictor.task, None
+        imputed, perturbations = list[str](), list[str]()
+        control: About = {"perturbation_key": None, "control": None}
+        if task == "impute":
+            known, imputed = self.imputation.config.keys, self.imputation.names.call(self.imputation.wanted)
+        elif task == "perturb":
+            config, perturbations = self.perturbation.config, list(self.perturbation.names)
+            known, control = config.keys, {"perturbation_key": config.perturbation_key, "control": config.control}
+        panel = self.predictor.panel
+        company = {"panel_cells": 0 if panel is None else panel.n_cells, "panel_origin": None if panel is None else panel.origin}
+        named = {"imputed_genes": imputed, "perturbations": perturbations, "batches": list(batches_of(self.predictor.folder))}
+        keys = None if known is None else known.model_dump(mode="json")
+        return {"max_cells": self.max_cells, **company, **named, **control, "keys": keys}
+
+
+@dataclass(frozen=True)
 class Computation:
-    """What requests must have in common to share a forward."""
+    """What requests must have in common to share a forward; ``own`` work is of one request and never shared."""
 
     task: str
     batches: tuple[int, ...] | None = None  # decoded in; None: each cell in its own
+    own: Imputation | Perturbation | None = None
 
 
-def read_options(task: str, given: Mapping[str, Scalar]) -> Options:
-    """The options of a request, as they came in a URL or a body; ServiceError 404 for no such task, 422 for a wrong option."""
-    if task not in OPTIONS:
-        raise refuse(404, f"there is no task {task[:40]!r}; tasks are {', '.join(OPTIONS)}")
-    readers, found = OPTIONS[task], {}
-    for name, value in given.items():
-        if name not in readers:
-            raise refuse(422, f"{task} takes no parameter {name[:40]!r}; it takes {', '.join(readers) or 'none'}")
-        try:
-            found[name] = readers[name](value)
-        except (TypeError, ValueError) as error:
-            raise refuse(422, f"parameter {name!r}: {error}") from None
-    return Options(**found)
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready to be computed: its cells, the work, whose rows are answered (None: everybody's), who reads whom."""
 
-
-def _share(value: Scalar) -> float:
-    number = float(value)
-    if isinstance(value, bool) or not 0 <= number <= 1:
-        raise ValueError("expected a number from 0 to 1")
-    return number
-
-
-def _positive(value: Scalar) -> int:
-    if isinstance(value, bool) or not str(value).isdecimal() or not int(str(value)[:9]) >= 1:
-        raise ValueError("expected a whole number from 1")
-    return int(str(value)[:9])
-
-
-def _dtype(value: Scalar) -> str:
-    if value not in DTYPES:
-        raise ValueError(f"expected one of {', '.join(DTYPES)}")
-    return str(value)
-
-
-def _text(value: Scalar) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("expected a text")
-    return value
-
-
-OPTIONS: dict[str, dict[str, Callable[[Scalar], Any]]] = {
-    "annotate": {"threshold": _share, "top_k": _positive},
-    "embed": {"dtype": _dtype},
-    "denoise": {"target_batch": _text},
-}
+    store: Store
+    computation: Computation
+    rows: NDArray[np.int64] | None = None
+    context: About = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,23 +127,73 @@ class CellsOfBatches(MemoryStore):
         return replace(batch, batch_index=batch.row.new_tensor(index.tolist()))
 
 
-def prepare(predictor: Predictor, store: MemoryStore, question: Question) -> tuple[MemoryStore, Computation]:
-    """The cells as the task reads them, and what must be computed; ServiceError 422 for a batch that was not learned."""
-    if question.task != "denoise":
-        return store, Computation(question.task)
-    names = {name: place for place, name in enumerate(batches_of(predictor.folder))}
+def prepare(loaded: Loaded, store: MemoryStore, question: Question, max_bytes: int) -> Prepared:
+    """The cells as the task reads them, and what must be computed for an answer of at most ``max_bytes``.
+
+    ServiceError 413 for too large an answer, 422 for options the model cannot follow; DataError for cells it cannot answer about.
+    """
+    return PREPARED.get(question.task, _prepare_plain)(loaded, store, question, max_bytes)
+
+
+def _prepare_plain(loaded: Loaded, store: MemoryStore, question: Question, max_bytes: int) -> Prepared:  # noqa: ARG001  (same call)
+    given = question.cells.sentence is not None
+    company: Store = store
+    policy = "sentences of the request" if given else "request, by batch"
+    if question.options.context == "self":
+        company, policy = self_store(store.table, 1), "every cell alone"
+    elif question.options.context == "panel":
+        predictor = loaded.predictor
+        sentences = store.sentences if given else None
+        company, _ = store_with_panel(store.table, predictor.panel_table, predictor.max_cells, sentences)
+        policy += ", with the model's reference panel in every sentence"
+    said = {"policy": policy, "choice": question.options.context, "sentences": len(company.sentences)}
+    return Prepared(company, Computation(question.task), context=said)
+
+
+def _prepare_denoising(loaded: Loaded, store: MemoryStore, question: Question, max_bytes: int) -> Prepared:
+    folder = loaded.predictor.folder
+    if store.table.n_cells * len(folder.vocabulary) * 4 > max_bytes:
+        raise refuse(413, f"{store.table.n_cells} cells of {len(folder.vocabulary)} rates exceed {max_bytes} bytes; {BATCH_JOB}")
+    names = {name: place for place, name in enumerate(batches_of(folder))}
     own = [names.get(str(name), -1) for name in store.table.batch] if store.table.batch is not None else [-1] * store.table.n_cells
     known = CellsOfBatches(store.table, store.sentences, np.array(own, dtype=np.int64))
     try:
-        batches = decoded_in(predictor.folder, BatchedStore(store, known.batch_index), question.options.target_batch)
+        batches = decoded_in(folder, BatchedStore(store, known.batch_index), question.options.target_batch)
     except ConfigError as error:
         raise refuse(422, str(error)) from error
-    return known, Computation(question.task, batches)
+    return replace(_prepare_plain(loaded, known, question, max_bytes), computation=Computation(question.task, batches))
 
 
-def compute(predictor: Predictor, computation: Computation, store: SentenceStore) -> Columns:
-    """What the network says of every cell of the store."""
-    return COMPUTED[computation.task](predictor, store, computation)
+def _prepare_imputation(loaded: Loaded, store: MemoryStore, question: Question, max_bytes: int) -> Prepared:
+    work = imputing.imputation_of(loaded.imputation, store, question.cells, _imputation_asked(question.options), max_bytes)
+    return Prepared(store, Computation(question.task, own=work), work.rows, work.context)
+
+
+def _imputation_asked(options: Options) -> imputing.Asked:
+    return imputing.Asked(options.genes, options.reference, options.min_correlation)
+
+
+def _prepare_perturbation(loaded: Loaded, store: MemoryStore, question: Question, max_bytes: int) -> Prepared:
+    options = question.options
+    asked = perturbing.Asked(options.perturbation, options.kind, options.by_group, options.fallback)
+    work = perturbing.perturbation_of(loaded.perturbation, store, question.cells, asked, max_bytes)
+    return Prepared(store, Computation(question.task, own=work), np.zeros(0, dtype=np.int64), work.context)
+
+
+PREPARED: dict[str, Callable[[Loaded, MemoryStore, Question, int], Prepared]] = {
+    "denoise": _prepare_denoising,
+    "impute": _prepare_imputation,
+    "perturb": _prepare_perturbation,
+}
+
+
+def compute(loaded: Loaded, computation: Computation, store: SentenceStore) -> Columns:
+    """What the network says of every cell of the store, or of the one request whose own work it is."""
+    if isinstance(computation.own, Imputation):
+        return imputing.impute(loaded.predictor.model, loaded.imputation, computation.own)
+    if isinstance(computation.own, Perturbation):
+        return perturbing.perturb(loaded.predictor.model, loaded.perturbation, computation.own)
+    return COMPUTED[computation.task](loaded.predictor, store, computation)
 
 
 def _annotate(predictor: Predictor, store: SentenceStore, _: Computation) -> Columns:
@@ -158,27 +220,33 @@ COMPUTED: dict[str, Callable[[Predictor, SentenceStore, Computation], Columns]] 
 }
 
 
-def worded(predictor: Predictor, store: MemoryStore, question: Question, columns: Columns) -> tuple[Columns, About]:
+def worded(loaded: Loaded, prepared: Prepared, question: Question, columns: Columns) -> tuple[Columns, About]:
     """One request's rows as it asked for them, and what the answer says about its columns."""
-    return WORDED[question.task](predictor, store, question, columns)
+    own = prepared.computation.own
+    if isinstance(own, Imputation):
+        return columns, imputing.told(loaded.imputation, own, _imputation_asked(question.options))
+    if isinstance(own, Perturbation):
+        return columns, perturbing.told(loaded.perturbation)
+    return WORDED[question.task](loaded.predictor, prepared.store, question, columns)
 
 
-def _word_annotation(predictor: Predictor, _: MemoryStore, question: Question, columns: Columns) -> tuple[Columns, About]:
+def _word_annotation(predictor: Predictor, _: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
     options, classes = question.options, predictor.folder.classes
+    told = {"classes": list(classes), "unknown_rule": predictor.judgement.rule is not None}
     unsure = columns["confidence"] < options.threshold
     answer = {**columns, "cell_type": np.where(unsure, UNKNOWN, columns["cell_type"]).astype(object)}
     if options.top_k is None:
-        return answer, {"classes": list(classes)}
+        return answer, told
     best = np.argsort(-answer.pop("proba"), axis=1, kind="stable")[:, : options.top_k]
     names = np.array(classes, dtype=object)[best]
-    return {**answer, "top_cell_type": names, "top_proba": np.take_along_axis(columns["proba"], best, axis=1)}, {"classes": list(classes)}
+    return {**answer, "top_cell_type": names, "top_proba": np.take_along_axis(columns["proba"], best, axis=1)}, told
 
 
-def _word_embedding(_: Predictor, __: MemoryStore, question: Question, columns: Columns) -> tuple[Columns, About]:
+def _word_embedding(_: Predictor, __: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
     return {"embedding": columns["embedding"].astype(DTYPES[question.options.dtype])}, {}
 
 
-def _word_denoised(predictor: Predictor, store: MemoryStore, question: Question, columns: Columns) -> tuple[Columns, About]:
+def _word_denoised(predictor: Predictor, store: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
     places = predictor.vocabulary.align(question.cells.gene_ids).positions
     known = [(gene, place) for gene, place in zip(question.cells.gene_ids, places.tolist(), strict=True) if place >= 0]
     rates = np.ascontiguousarray(columns["rate"][:, [place for _, place in known]])
@@ -186,7 +254,7 @@ def _word_denoised(predictor: Predictor, store: MemoryStore, question: Question,
     return {"rate": rates, "size_factor": totals}, {"rate_genes": [gene for gene, _ in known], "rates_per": RATES_PER}
 
 
-WORDED: dict[str, Callable[[Predictor, MemoryStore, Question, Columns], tuple[Columns, About]]] = {
+WORDED: dict[str, Callable[[Predictor, Store, Question, Columns], tuple[Columns, About]]] = {
     "annotate": _word_annotation,
     "embed": _word_embedding,
     "denoise": _word_denoised,

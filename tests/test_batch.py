@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cellplane.artifact.folder import ModelFolder, save_model
-from cellplane.batch import PredictConfig, check_predict, predict_file, predict_files
+from cellplane.batch import ANSWERS, PredictConfig, answer_task, check_predict, predict_file, predict_files, predict_with
+from cellplane.data.answer_tables import read_answers
 from cellplane.data.config import DataKeys, SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
@@ -156,6 +157,44 @@ def test_a_file_gets_what_the_estimator_writes_and_nothing_of_an_earlier_model_s
     assert found.uns["cellplm"].keys() == expected.uns["cellplm"].keys()
 
 
+@pytest.mark.parametrize("task", ["annotate", "embed", "denoise"])
+def test_parquet_holds_the_answers_of_the_h5ad(model, tmp_path, task):
+    cells = simulate(SimulateConfig(n_cells=80, n_genes=40, n_types=3))
+    cells.X = cells.X.multiply(np.arange(80)[:, None] > 0).tocsr()  # the first one shows the model nothing
+    write_h5ad(cells, tmp_path / "in.h5ad")
+    folder = DenoisingPipeline(config={"optimizer": {"steps": 2}}).fit(cells).save(tmp_path / "denoiser") if task == "denoise" else model
+    for target in ("out.h5ad", "out.parquet"):
+        assert predict_file(task, folder, KEYS, (tmp_path / "in.h5ad", tmp_path / target)) == 80
+    whole, table = read_h5ad(tmp_path / "out.h5ad"), read_answers(tmp_path / "out.parquet")
+    columns = [name for name in whole.obs if name.startswith("cellplm_")]
+    assert list(table.obs.columns) == columns
+    found, expected = (
+        frame.astype(str).replace("None", "nan") for frame in (table.obs, whole.obs[columns])
+    )  # None and NaN are both missing
+    pd.testing.assert_frame_equal(found, expected)
+    place, name = ANSWERS[task]
+    np.testing.assert_array_equal(getattr(table, place)[name], getattr(whole, place)[name])
+    assert table.uns["cellplm"].keys() == whole.uns["cellplm"].keys()
+    assert list(table.var_names) == (list(whole.var_names) if task == "denoise" else [])
+
+
+@pytest.mark.cluster
+def test_parquet_answers_are_done_once_too(ray_cluster, model, inputs, tmp_path):
+    good = [inputs[0], inputs[2]]
+    config = config_for(model, good, tmp_path / "out", {"format": "parquet"})
+    assert [path.name for path in predict_files(config).written] == ["one.parquet", "two.parquet"]
+    assert len(predict_files(config).reused) == 2
+    assert len(predict_files(config_for(model, good, tmp_path / "out", {"format": "parquet", "task": "embed"})).written) == 2
+    one = config_for(model, good[:1], tmp_path / "answers" / "one.parquet")
+    assert predict_files(one).written == (tmp_path / "answers" / "one.parquet",)
+    assert predict_files(one).reused == (tmp_path / "answers" / "one.parquet",)
+
+
+def test_one_file_cannot_be_the_answer_to_several(model, inputs, tmp_path):
+    with pytest.raises(ConfigError, match="2 inputs"):
+        check_predict(config_for(model, [inputs[0], inputs[2]], tmp_path / "out.parquet"))
+
+
 def test_counts_in_raw_alone_are_denoised_for_the_genes_of_the_file(tmp_path):
     base = simulate(SimulateConfig(n_cells=40, n_genes=40, n_types=3))
     folder = DenoisingPipeline(config={"optimizer": {"steps": 2}}).fit(base).save(tmp_path / "denoiser")
@@ -212,3 +251,11 @@ def test_without_ray_the_error_says_how_to_start_it(model, inputs, tmp_path, mon
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ServiceError, match="cellplane up"):
         predict_files(config_for(model, inputs[:1], tmp_path))
+
+
+def test_where_no_file_can_be_answered_no_folder_is_left(model, tmp_path):
+    (tmp_path / "broken.h5ad").write_bytes(b"nothing")
+    config = config_for(model, [tmp_path / "broken.h5ad"], tmp_path / "a" / "b")
+    report = predict_with(config, lambda tasks: map(answer_task, tasks))
+    assert "broken.h5ad" in str(report.failed)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.h5ad"]

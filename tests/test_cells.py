@@ -30,6 +30,17 @@ def test_a_cell_without_counts_has_total_zero():
     assert batch.totals().tolist() == [0.0, 5.0]
 
 
+@pytest.mark.parametrize("value", [[2.0, 3.0, 1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+def test_cells_with_a_count_are_those_with_a_total(value):
+    batch = single_panel_batch(torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 2]), torch.tensor(value), torch.ones(3))
+    assert batch.counted().tolist() == (batch.totals() > 0).tolist()
+
+
+def test_no_cell_of_an_empty_batch_has_a_count():
+    none = torch.zeros(0)
+    assert single_panel_batch(torch.tensor([0, 0]), none, none, torch.ones(3)).counted().tolist() == [False]
+
+
 def test_sizes_are_told():
     batch = random_batch([4, 0, 3])
     assert (batch.n_cells, batch.n_sentences, batch.n_genes) == (7, 3, 24)

@@ -75,13 +75,15 @@ with local_ray(2):
         pass
     print(ray.is_initialized(), ray.cluster_resources()["CPU"])
 print(ray.is_initialized(), os.path.exists(temp_dir))
+print(os.environ.get("TMPDIR"), os.listdir(os.environ["TMPDIR"]))
 """
 
 
-def run_python(code: str, *arguments: str, home: Path | None = None) -> list[str]:
+def run_python(code: str, *arguments: str, home: Path | None = None, temporary: Path | None = None) -> list[str]:
     """The lines a fresh interpreter prints: Ray can join one cluster per process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"CELLPLANE_HOME": str(home)} if home else {}
+    environment |= {"TMPDIR": str(temporary)} if temporary else {}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
@@ -178,8 +180,11 @@ def test_down_leaves_no_process_no_temp_dir_and_no_state(stack: Stack) -> None:
 
 @pytest.mark.cluster
 def test_a_job_without_a_stack_gets_a_cluster_for_its_own_time(tmp_path: Path) -> None:
-    assert run_python(JOB, home=tmp_path)[-3:] == ["passive", "True 2.0", "False False"]
-    assert [path.name for path in tmp_path.iterdir()] == ["ray_token"]
+    (home := tmp_path / "home").mkdir()
+    (temporary := tmp_path / "tmp").mkdir()
+    lines = run_python(JOB, home=home, temporary=temporary)
+    assert lines[-4:] == ["passive", "True 2.0", "False False", f"{temporary} []"]
+    assert [path.name for path in home.iterdir()] == ["ray_token"]
 
 
 def test_a_member_that_dies_is_reported_with_its_log_and_nothing_stays(tmp_path: Path) -> None:

@@ -162,6 +162,19 @@ def test_weights_that_do_not_belong_are_named(change, says):
         build_network(replace(folder, weights=weights))
 
 
+def test_a_network_has_the_weights_of_its_folder_for_itself_and_leaves_chance_alone():
+    folder, state = tiny_folder(replace(tiny_folder().config, positions="continuous")), torch.get_rng_state()
+    network, again = build_network(folder), build_network(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {tensor.device.type for tensor in (*network.parameters(), *network.buffers())} == {"cpu"}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(1)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, folder.weights[name], rtol=0, atol=0)
+        assert tensor.data_ptr() != folder.weights[name].data_ptr()
+
+
 def test_loading_verifies_and_describes_ready_for_json(tmp_path):
     path = save_model(tiny_folder(), tmp_path / "model")
     info = json.loads(json.dumps(Predictor.load(path).info()))

@@ -8,27 +8,31 @@ file and keeps the rest.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
 from cellplane.artifact.folder import verify_model
 from cellplane.config import Config, home
+from cellplane.data.answer_tables import NAMES, PLACE, RECORD, SUFFIX, is_table, read_record, write_answers
 from cellplane.data.answers import answered_copy, takes_answers
-from cellplane.data.company import Context, store_in
+from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
+from cellplane.data.files import fault, gone_if_empty
 from cellplane.data.inputs import check_answers
 from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad, write_h5ad
 from cellplane.data.stored import DiskRows, Stored, store_cells
-from cellplane.errors import CellplaneError, ConfigError, ServiceError
+from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
 from cellplane.inference import (
     LABELS_DERIVED,
     TASKS,
@@ -62,11 +66,13 @@ class PredictConfig(Config):
     inputs: tuple[str, ...] = ()
     """h5ad files."""
     out: str = ""
-    """Folder of the answers: one h5ad of the same name for each input."""
+    """Folder of the answers: one file of the same name for each input; or, for one input, a file whose name ends in .parquet."""
+    format: Literal["h5ad", "parquet"] = "h5ad"
+    """h5ad: a copy of each input with the answers in it; parquet: the answers alone, one row a cell, under the same names."""
     keys: DataKeys = DataKeys()
     """Where counts, batches and coordinates lie."""
     context: Context = "own"
-    """In whose company cells are read: own (those of their batch), section (patches of neighbours) or self (alone)."""
+    """In whose company cells are read: own (those of their batch), section (patches of neighbours), self (alone), or the model's panel."""
     tracking_uri: str | None = None
     """MLflow server or database, only to find a registered model."""
 
@@ -81,31 +87,85 @@ class PredictReport:
     failed: dict[str, str]
 
 
+Task = dict[str, str]
+
+
 def predict_files(config: PredictConfig) -> PredictReport:
     """Annotates, embeds or denoises every input file into `config.out`; needs an initialised Ray.
 
-    Raises ConfigError for missing settings or two inputs of one name, DataError when an input does not exist.
+    A worker that dies is replaced and its file begun anew. Raises ConfigError for missing settings or two inputs of one
+    name, DataError when an input does not exist.
     """
     import ray
     import ray.data
 
-    (inputs, model, sha256), out = check_predict(config), Path(config.out).absolute()
-    if not ray.is_initialized():
-        raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
-    out.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in inputs if not answered(path, out / path.name, sha256, ANSWERS[config.task])]
-    tasks = [{"input": str(path.absolute()), "out": str(out / path.name), "model": str(model.absolute())} for path in todo]
+    def on_ray(tasks: list[Task]) -> Iterable[Task]:
+        if not ray.is_initialized():
+            raise ServiceError("batch inference needs Ray: start a local cluster with `cellplane up`, or set RAY_ADDRESS")
+        with quiet_ray_data():
+            rows: list[Task] = ray.data.from_items(tasks).map(answer_task).take_all() if tasks else []
+        return rows
+
+    return predict_with(config, on_ray)
+
+
+def predict_with(config: PredictConfig, answer_all: Callable[[list[Task]], Iterable[Task]]) -> PredictReport:
+    """The same, with ``answer_all`` calling `answer_task` on every task, in any order, wherever it likes."""
+    inputs, model, sha256 = check_predict(config)
+    targets = dict(zip(inputs, targets_of(config, inputs), strict=True))
+    todo = [path for path in inputs if not _is_done(path, targets[path], sha256, config.task)]
+    tasks = [{"input": str(path.absolute()), "out": str(targets[path]), "model": str(model.absolute())} for path in todo]
     settings = {"task": config.task, "context": config.context, "keys": config.keys.model_dump_json(), "home": str(home())}
-    with quiet_ray_data():
-        rows = ray.data.from_items([{**task, **settings} for task in tasks]).map(_predict_file).take_all() if tasks else []
-    found = {row["input"]: json.loads(row["answer"]) for row in rows}
-    answers = [found[str(task["input"])] for task in tasks]  # tasks end in any order
+    _sweep([targets[path] for path in todo])
+    with gone_if_empty(targets[inputs[0]].parent):  # all are in one folder
+        rows = answer_all([{**task, **settings} for task in tasks])
+        found = {row["input"]: json.loads(row["answer"]) for row in rows}
+        _sweep([targets[path] for path in todo])
+    answers = [found[task["input"]] for task in tasks]  # tasks end in any order
     return PredictReport(
         written=tuple(Path(answer["out"]) for answer in answers if answer["error"] is None),
-        reused=tuple(out / path.name for path in inputs if path not in todo),
+        reused=tuple(targets[path] for path in inputs if path not in todo),
         cells=sum(answer["cells"] for answer in answers),
         failed={answer["input"]: answer["error"] for answer in answers if answer["error"] is not None},
     )
+
+
+def _sweep(targets: Sequence[Path]) -> None:
+    """Removes what writers that were killed left of these files; nobody writes them now."""
+    for target in targets:
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+def targets_of(config: PredictConfig, inputs: Sequence[Path]) -> list[Path]:
+    """Where the answer to each input goes; ConfigError for one file as the answer to several, or two answers of one name."""
+    out = Path(config.out).absolute()
+    if is_table(out):
+        if len(inputs) != 1:
+            raise ConfigError(f"{config.out} is one file and there are {len(inputs)} inputs; name a folder, and format=parquet")
+        return [out]
+    targets = [out / (f"{path.stem}{SUFFIX}" if config.format == "parquet" else path.name) for path in inputs]
+    if len(set(targets)) != len(targets):
+        raise ConfigError("two inputs have the same file name, their answers would overwrite each other: rename one")
+    return targets
+
+
+def _is_done(source: Path, target: Path, sha256: str, task: str) -> bool:
+    """Whether the answer is there, of this model, to this task, about the input as it is now."""
+    if not is_table(target):
+        return answered(source, target, sha256, ANSWERS[task])
+    if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        return False
+    try:
+        said = read_record(target)
+    except DataError:
+        return False
+    return bool(said.get(RECORD, {}).get("model_sha256") == sha256 and said.get(PLACE) == _place(task))
+
+
+def _place(task: str) -> dict[str, str]:
+    place, name = ANSWERS[task]
+    return {"in": place, "as": name}
 
 
 def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
@@ -115,6 +175,7 @@ def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
             raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
     inputs = [Path(path) for path in config.inputs]
     check_answers(inputs, Path(config.out))
+    targets_of(config, inputs)
     model = resolve_model(config.model, config.tracking_uri, home() / "cache").path
     manifest = verify_model(model)
     if config.task not in (can := TASKS[manifest["task"]]):
@@ -122,20 +183,23 @@ def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
     return inputs, model, manifest["model_sha256"]
 
 
-def _predict_file(task: dict[str, Any]) -> dict[str, str]:
-    """One file in a Ray worker; an error of ours comes back as words, so that the other files go on."""
+def answer_task(task: Task) -> Task:
+    """One file in a worker; an error of ours comes back as words, so that the other files go on."""
+    fault("before_answer")
     os.environ["CELLPLANE_HOME"] = task["home"]
     try:
         keys, paths = DataKeys.model_validate_json(task["keys"]), (Path(task["input"]), Path(task["out"]))
-        cells = predict_file(task["task"], Path(task["model"]), keys, paths, task["context"])
+        context: Context = TypeAdapter(Context).validate_python(task["context"])
+        cells = predict_file(task["task"], Path(task["model"]), keys, paths, context)
         error: str | None = None
     except CellplaneError as problem:
         cells, error = 0, str(problem)
+    fault("after_answer")
     return {"input": task["input"], "answer": json.dumps({"input": task["input"], "out": task["out"], "cells": cells, "error": error})}
 
 
-def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: str = "own") -> int:
-    """Answers ``paths[0]`` in a copy of it at ``paths[1]``; the number of cells.
+def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: Context = "own") -> int:
+    """Answers ``paths[0]`` in a copy of it at ``paths[1]``, or beside it when that is a Parquet file; the number of cells.
 
     Raises what reading the cells raises, naming the file where it is at fault, and StorageError when the disk is full.
     """
@@ -147,16 +211,42 @@ def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path
         return _predict_whole(task, model, keys, paths, context)
     with CellReader(source) as reader:
         keys = known_keys(keys, reader.obs_columns, reader.obsm_keys)
+        names = reader.cell_names(0, reader.n_cells) if is_table(target) else np.zeros(0, dtype=object)
+        genes = reader.gene_names if is_table(target) else []
+    asked, (place, name) = (source, keys, context), ANSWERS[task]
+    if is_table(target):
+        found, stored = _answer(task, predictor, asked, target.parent)
+        about = {
+            RECORD: _record(predictor, stored, found),
+            PLACE: _place(task),
+            NAMES: list(genes if place == "layers" else predictor.classes),
+        }
+        write_answers(target, names, _columns(found, stored), (name, found.rows), about)
+        return stored.table.n_cells
     with answered_copy(source, target) as answers:
-        stored = store_cells(source, predictor.vocabulary, keys, target.parent)
-        found = ANSWER[task](predictor, stored, context, target.parent)
-        for name, values in found.columns.items():
-            answers.column(f"cellplm_{name}", values)
-        answers.column("cellplm_flag", flag_column(stored.table))
-        place, name = ANSWERS[task]
+        found, stored = _answer(task, predictor, asked, target.parent)
+        for column, values in _columns(found, stored).items():
+            answers.column(column, values)
         answers.matrix(place, name, found.rows)
-        answers.note("cellplm", record(predictor.folder, {**stored.report, "context": found.context}))
+        answers.note("cellplm", _record(predictor, stored, found))
     return stored.table.n_cells
+
+
+def _answer(task: str, predictor: Predictor, asked: tuple[Path, DataKeys, Context], scratch: Path) -> tuple[_Found, Stored]:
+    """What a model says of a file's cells, and the cells as they were read."""
+    source, keys, context = asked
+    stored = store_cells(source, predictor.vocabulary, keys, scratch)
+    fault("cells_read")
+    return ANSWER[task](predictor, stored, context, scratch), stored
+
+
+def _columns(found: _Found, stored: Stored) -> dict[str, Any]:
+    """Columns of obs [n]; None removes one of that name."""
+    return {**{f"cellplm_{name}": values for name, values in found.columns.items()}, "cellplm_flag": flag_column(stored.table)}
+
+
+def _record(predictor: Predictor, stored: Stored, found: _Found) -> dict[str, Any]:
+    return record(predictor.folder, {**stored.report, "context": found.context})
 
 
 @dataclass(frozen=True)
@@ -168,8 +258,8 @@ class _Found:
     context: str
 
 
-def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
-    store, told = store_in(context, stored.table, predictor.max_cells)
+def _annotate(predictor: Predictor, stored: Stored, context: Context, folder: Path) -> _Found:
+    store, told = predictor.store(stored.table, context)
     n, classes = stored.table.n_cells, predictor.folder.classes
     names = {name: code for code, name in enumerate(classes)}
     codes, confidence, strange = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.float32), np.zeros(n, dtype=np.float32)
@@ -178,6 +268,7 @@ def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) 
         codes[rows] = [names.setdefault(label, len(names)) for label in part.labels]
         confidence[rows], proba[rows] = part.confidence, part.proba
         strange[rows] = 0 if part.unknown_score is None else part.unknown_score
+        fault("cells_answered")
     others = sorted(set(names) - {*classes})  # unknown, and broader names
     ordered = [*classes, *others]
     place = np.array([ordered.index(name) for name in names], dtype=np.int32)
@@ -188,29 +279,31 @@ def _annotate(predictor: Predictor, stored: Stored, context: str, folder: Path) 
     return _Found({"cell_type": labels, "confidence": confidence, **derived}, proba, told)
 
 
-def _embed(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
-    store, told = store_in(context, stored.table, predictor.max_cells)
+def _embed(predictor: Predictor, stored: Stored, context: Context, folder: Path) -> _Found:
+    store, told = predictor.store(stored.table, context)
     latent = DiskRows((stored.table.n_cells, predictor.folder.config.latent_width), np.float32, folder)
     for rows, z in predictor.embeddings(store):
         latent[rows] = z
+        fault("cells_answered")
     return _Found({}, latent, told)
 
 
-def _denoise(predictor: Predictor, stored: Stored, context: str, folder: Path) -> _Found:
+def _denoise(predictor: Predictor, stored: Stored, context: Context, folder: Path) -> _Found:
     if context != "own":
         raise ConfigError("denoising reads cells in the context own, with their batch; leave context out")
     store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells)
     rates = DiskRows((stored.table.n_cells, len(stored.columns)), np.float32, folder)
     for rows, shares in predictor.rates(store, decoded_in(predictor.folder, store, None)):
         rates[rows] = rates_of(shares, stored.columns)
-    _, told = store_in("own", stored.table, predictor.max_cells)
+        fault("cells_answered")
+    _, told = predictor.store(stored.table, "own")
     return _Found({"size_factor": stored.table.totals().astype(np.float32)}, rates, told)
 
 
-ANSWER: dict[str, Callable[[Predictor, Stored, str, Path], _Found]] = {"annotate": _annotate, "embed": _embed, "denoise": _denoise}
+ANSWER: dict[str, Callable[[Predictor, Stored, Context, Path], _Found]] = {"annotate": _annotate, "embed": _embed, "denoise": _denoise}
 
 
-def _predict_whole(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: str) -> int:
+def _predict_whole(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path], context: Context) -> int:
     """A file whose tables are in the form of old versions, in memory: brought into the present form, and answered."""
     adata = read_h5ad(paths[0])
     with tempfile.TemporaryDirectory(dir=paths[1].parent, prefix=".cellplane-") as folder:

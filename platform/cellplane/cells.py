@@ -109,6 +109,11 @@ class CellBatch:
         """Sum of each cell's counts, [C] float32."""
         return torch.zeros(self.n_cells, dtype=self.value.dtype, device=self.value.device).index_add_(0, self.cell_of_entry(), self.value)
 
+    def counted(self) -> Tensor:
+        """Which cells have a count at all, [C] bool: `totals` above 0, without adding up where no zeros are stored."""
+        none_stored = self.value.numel() == 0 or bool(self.value.min() > 0)
+        return self.crow.diff() > 0 if none_stored else self.totals() > 0
+
     def cell_of_entry(self) -> Tensor:
         """The cell each stored entry belongs to, [nnz] int64."""
         return torch.repeat_interleave(torch.arange(self.n_cells, device=self.crow.device), self.crow.diff(), output_size=self.gene.numel())

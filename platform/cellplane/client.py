@@ -1,49 +1,45 @@
-"""A typed client of the endpoints, and the wire format it shares with the server.
+"""A typed client of the endpoints: all tasks, on AnnData, with the keys that the offline pipelines write.
 
-Cells travel as an Arrow stream: one row a cell, genes as positions into the request's own ``gene_ids``. The client
-reads counts as the offline pipelines do, forms the same sentences and sends whole sentences, so that a served answer
-is the offline one. Metadata values (schema metadata in Arrow, plain fields in JSON) are JSON texts.
+The client reads counts as the offline pipelines do, forms the same sentences and sends whole sentences, so that a served
+answer is the offline one. What is sent and how is in `wire`, what becomes of the answers in `served`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
 import httpx
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from cellplane.data.config import DataKeys
-from cellplane.data.sentences import CellTable, memory_store
-from cellplane.data.sources import AnnData, cell_table
-from cellplane.errors import ConfigError, DataError, ServiceError
+from cellplane.data.sources import AnnData, cell_table, query_keys
+from cellplane.errors import ConfigError, ServiceError
 from cellplane.genes import GeneVocabulary
+from cellplane.results import write_flags
+from cellplane.served import Columns, served_imputation, served_perturbation, storable, write_served_annotation, write_served_rates
+from cellplane.served import ServedAnnotation as ServedAnnotation
+from cellplane.wire import ARROW_TYPE as ARROW_TYPE
+from cellplane.wire import GENE_IDS as GENE_IDS
+from cellplane.wire import JSON_TYPE as JSON_TYPE
+from cellplane.wire import N_ROWS as N_ROWS
+from cellplane.wire import REQUEST_COLUMNS as REQUEST_COLUMNS
+from cellplane.wire import WireCells as WireCells
+from cellplane.wire import controls_by_group, perturbation_parts, plain, sentences_for
+from cellplane.wire import matrix as matrix
+from cellplane.wire import read_answer as read_answer
+from cellplane.wire import read_metadata as read_metadata
+from cellplane.wire import write_stream as write_stream
 
 log = logging.getLogger(__name__)
-
-ARROW_TYPE = "application/vnd.apache.arrow.stream"
-JSON_TYPE = "application/json"
-REQUEST_COLUMNS: dict[str, pa.DataType] = {
-    "gene": pa.list_(pa.int32()),  # positions into gene_ids
-    "count": pa.list_(pa.float32()),  # raw counts of these genes
-    "counts": pa.list_(pa.float32()),  # or dense: one count for each of gene_ids
-    "batch": pa.string(),  # cells of two batches never share a sentence
-    "sentence": pa.int32(),  # equal values form one sentence, as they are
-    "x_um": pa.float32(),
-    "y_um": pa.float32(),
-    "cell_id": pa.string(),  # echoed
-}
-GENE_IDS, N_ROWS = "gene_ids", "n_rows"  # metadata keys of a request; an answer has N_ROWS too
 
 RETRIED = (
     429,
@@ -52,116 +48,36 @@ RETRIED = (
     503,
 )  # asked too often or too many at once; a dying ingress replica answers 500; predictions may be repeated safely
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
-CELLS_PER_REQUEST = 2048  # answers come steadily and a lost request costs little
-ENTRIES_PER_REQUEST = 4_000_000  # 32 MB of genes and counts before compression
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-
-def write_stream(table: pa.Table, metadata: Mapping[str, object]) -> bytes:
-    """The table as an Arrow stream, zstd, with ``metadata`` as JSON texts and its row count.
-
-    A stream cut at a batch boundary is valid Arrow; only the row count tells.
-    """
-    texts = {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in {**metadata, N_ROWS: table.num_rows}.items()}
-    table = table.replace_schema_metadata(texts)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(table)
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
+Options = Mapping[str, str | int | float | bool]  # parameters of a task, as docs/serving.md lists them
+Progress = Callable[[int, int], None]  # (done, in all; 0: nobody knows)
 
 
-def read_metadata(schema: pa.Schema, key: str) -> object:
-    """The value under ``key`` of the schema's metadata, None when absent; ValueError when it is not JSON."""
-    text = (schema.metadata or {}).get(key.encode())
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"metadata {key!r} is nested too deeply") from error
-
-
-def read_answer(body: bytes) -> tuple[pa.Table, dict[str, Any]]:
-    """Columns and metadata of an Arrow answer; ServiceError when it is not one or rows are missing."""
-    try:
-        table = pa.ipc.open_stream(body).read_all()
-        about = {key.decode(): json.loads(text) for key, text in (table.schema.metadata or {}).items()}
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ServiceError("the answer is not a readable Arrow stream; is this a cellplane endpoint?") from error
-    if about.get(N_ROWS) != table.num_rows:
-        raise ServiceError(f"the answer was cut: {table.num_rows} rows arrived, {about.get(N_ROWS)} were sent; try again")
-    return table, about
-
-
-def matrix(values: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A column of equally long float lists as [n, width]."""
-    flat = values.combine_chunks()
-    numbers: NDArray[np.float32] = flat.flatten().to_numpy(zero_copy_only=False)
-    return numbers.reshape(len(flat), flat.type.list_size)
+def quiet(done: int, total: int) -> None:
+    """The Progress that shows nothing."""
 
 
 @dataclass(frozen=True)
-class WireCells:
-    """What is sent of some cells: a table over the model's vocabulary, the rows of each sentence, what was found in the AnnData."""
+class _Asked:
+    """Cells on their way to a model: ``exact`` NAME:VERSION, what the endpoint says of it, and the task's parameters."""
 
-    table: CellTable
-    vocabulary: GeneVocabulary
-    sentences: Sequence[NDArray[np.int64]]
-    report: Mapping[str, object]
+    exact: str
+    served: Mapping[str, Any]
+    cells: WireCells
+    options: Options
 
-    @classmethod
-    def of(cls, adata: AnnData, keys: DataKeys, vocabulary: GeneVocabulary, max_cells: int) -> WireCells:
-        """Counts and sentences of an AnnData, read and formed as the offline pipelines do."""
-        table, report = cell_table(adata, vocabulary, keys)
-        return cls(table, vocabulary, memory_store(table, max_cells).sentences, report)
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """What one request may bring, by name."""
+        found: Mapping[str, int] = self.served["limits"]
+        return found
 
-    def parts(self, max_cells: int) -> Iterator[list[int]]:
-        """Sentences of each request, whole and in order, within ``max_cells`` and the entries a request should hold.
-
-        DataError when a single sentence exceeds ``max_cells``.
-        """
-        lengths = np.diff(self.table.crow)
-        part: list[int] = []
-        cells = entries = 0
-        for index, rows in enumerate(self.sentences):
-            if len(rows) > max_cells:
-                raise DataError(f"a sentence has {len(rows)} cells, a request may have {max_cells}; use the batch job: cellplane predict")
-            size = int(lengths[rows].sum())
-            if part and (cells + len(rows) > min(max_cells, CELLS_PER_REQUEST) or entries + size > ENTRIES_PER_REQUEST):
-                yield part
-                part, cells, entries = [], 0, 0
-            part.append(index)
-            cells, entries = cells + len(rows), entries + size
-        if part or not self.sentences:
-            yield part
-
-    def body(self, part: Sequence[int]) -> tuple[bytes, NDArray[np.int64]]:
-        """These sentences as a request body over the genes that were measured, and the rows it holds in order."""
-        chosen = [self.sentences[index] for index in part]
-        rows = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
-        cells, measured = self.table.rows(rows), np.flatnonzero(self.table.panel)
-        local = (np.cumsum(self.table.panel) - 1).astype(np.int32)
-        offsets = pa.array(cells.crow, pa.int32())
-        columns = {
-            "gene": pa.ListArray.from_arrays(offsets, local[cells.gene]),
-            "count": pa.ListArray.from_arrays(offsets, cells.value),
-            "sentence": np.repeat(np.arange(len(chosen), dtype=np.int32), [len(rows) for rows in chosen]),
-        }
-        if cells.coordinates is not None:
-            columns["x_um"], columns["y_um"] = cells.coordinates.T.copy()
-        return write_stream(pa.table(columns), {GENE_IDS: [self.vocabulary.gene_ids[position] for position in measured]}), rows
-
-
-@dataclass(frozen=True)
-class ServedAnnotation:
-    """Cell types of n cells: ``labels`` [n] str, ``confidence`` [n], ``proba`` [n, K] over ``classes``; ``about`` names who answered."""
-
-    labels: NDArray[np.object_]
-    confidence: NDArray[np.float32]
-    proba: NDArray[np.float32]
-    classes: tuple[str, ...]
-    about: dict[str, Any]
+    def cells_per_request(self, task: str) -> int:
+        """Cells whose answer, too, the endpoint gives in one piece."""
+        width = {"denoise": 4 * len(self.cells.vocabulary), "impute": 8 * len(self.served.get("imputed_genes", ()))}.get(task, 0)
+        most = int(self.limits["max_cells"]) - self.cells.n_beside
+        return min(most, int(self.limits["max_decoded_bytes"]) // width) if width and "max_decoded_bytes" in self.limits else most
 
 
 class Client:
@@ -214,50 +130,136 @@ class Client:
         """What is served under ``name``, ``name@alias`` or ``name:version``."""
         return self._get(f"/v1/models/{quote(name, safe='@:')}")
 
-    def annotate(self, adata: AnnData, model: str, keys: DataKeys | None = None) -> ServedAnnotation:
-        """The cell type of every cell, also written into ``adata``.
+    def annotate(
+        self,
+        adata: AnnData,
+        model: str,
+        keys: DataKeys | None = None,
+        options: Options | None = None,
+        progress: Progress = quiet,
+    ) -> ServedAnnotation:
+        """The cell type of every cell, also written into ``adata``: see `served.write_served_annotation`.
 
-        Writes obs cellplm_cell_type and cellplm_confidence, obsm cellplm_cell_type_proba and uns cellplm, as the
-        offline pipeline does.
+        ``options`` are the task's parameters (docs/serving.md), and `context` as offline: own, section, self or panel.
         """
-        columns, about = self._ask(adata, model, "annotate", keys or DataKeys())
-        classes = tuple(str(name) for name in about["classes"])
-        answer = ServedAnnotation(columns["cell_type"], columns["confidence"], columns["proba"], classes, about)
-        extra = sorted(set(answer.labels) - set(classes))
-        adata.obs["cellplm_cell_type"] = pd.Categorical(answer.labels, categories=[*classes, *extra])
-        adata.obs["cellplm_confidence"] = answer.confidence
-        adata.obsm["cellplm_cell_type_proba"] = answer.proba
-        adata.uns["cellplm"] = _storable(about)
-        return answer
+        if options and "top_k" in options:
+            raise ConfigError("the client writes all probabilities; top_k is for callers of the wire")
+        asked = self._asked(adata, model, keys, options)
+        columns, about = self._ask(asked, "annotate", progress)
+        return write_served_annotation(adata, columns, about, asked.cells.table)
 
-    def embed(self, adata: AnnData, model: str, keys: DataKeys | None = None) -> NDArray[np.float32]:
-        """The embedding of every cell, [n, Z]; also written to obsm X_cellplm, with uns cellplm."""
-        columns, about = self._ask(adata, model, "embed", keys or DataKeys())
+    def embed(
+        self, adata: AnnData, model: str, keys: DataKeys | None = None, options: Options | None = None, progress: Progress = quiet
+    ) -> NDArray[np.float32]:
+        """The embedding of every cell, [n, Z]; also written to obsm X_cellplm, with uns cellplm and obs cellplm_flag."""
+        asked = self._asked(adata, model, keys, options)
+        columns, about = self._ask(asked, "embed", progress)
         embedding: NDArray[np.float32] = columns["embedding"]
+        write_flags(adata, asked.cells.table)
         adata.obsm["X_cellplm"] = embedding
-        adata.uns["cellplm"] = _storable(about)
+        adata.uns["cellplm"] = storable(about)
         return embedding
 
-    def _ask(self, adata: AnnData, model: str, task: str, keys: DataKeys) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Answer columns in the caller's row order, and the metadata of the answer."""
+    def denoise(
+        self, adata: AnnData, model: str, keys: DataKeys | None = None, options: Options | None = None, progress: Progress = quiet
+    ) -> NDArray[np.float32]:
+        """Rates per 10,000, [n, n_vars], also written to layers cellplm_denoised: see `served.write_served_rates`."""
+        asked = self._asked(adata, model, keys, options)
+        known, batch = set(asked.served["batches"]), asked.cells.table.batch
+        if batch is not None and known.issuperset(map(str, batch)):  # else all cells are decoded alike, as offline
+            asked = replace(asked, cells=replace(asked.cells, names_batch=True))
+        columns, about = self._ask(asked, "denoise", progress)
+        return write_served_rates(adata, columns, about, asked.cells, keys or DataKeys())
+
+    def impute(
+        self,
+        adata: AnnData,
+        model: str,
+        keys: DataKeys | None = None,
+        options: Options | None = None,
+        progress: Progress = quiet,
+        reference: AnnData | None = None,
+    ) -> AnnData:
+        """Genes that the cells lack, as a new AnnData (cells x genes), read beside the model's reference or another one.
+
+        Without ``keys`` the cells are read as those the model was fitted with.
+        """
+        asked = self._asked(adata, model, keys, options)
+        if reference is not None:
+            others, _ = cell_table(reference, asked.cells.vocabulary, DataKeys())
+            asked = replace(asked, cells=replace(asked.cells, reference=others))
+        columns, about = self._ask(asked, "impute", progress)
+        return served_imputation(adata, columns, about, asked.served["imputed_genes"])
+
+    def perturb(
+        self,
+        adata: AnnData,
+        model: str,
+        perturbations: Sequence[str] | None = None,
+        keys: DataKeys | None = None,
+        options: Options | None = None,
+        progress: Progress = quiet,
+    ) -> AnnData:
+        """What the control cells of ``adata`` become, as a new AnnData (perturbations x genes); None: all that were learned.
+
+        Cells are controls unless the column that the model was fitted with says otherwise; groups are predicted apart.
+        """
+        asked = self._asked(adata, model, keys, {key: value for key, value in (options or {}).items() if key != "by_group"})
+        names = list(asked.served["perturbations"] if perturbations is None else perturbations)
+        if listed := [name for name in names if "," in name]:
+            raise ConfigError(f"{listed[0]!r} holds a comma, which stands between perturbations on the wire; rename it")
+        answers = []
+        for cells, own in perturbation_parts(asked.cells, names, asked.limits):
+            part = replace(asked, cells=cells, options={**asked.options, "perturbation": ",".join(own), "by_group": "true"})
+            answers.append(self._ask_once(part, "perturb", list(range(len(cells.sentences))))[:2])
+            progress(len(answers), 0)
+        return served_perturbation(answers, asked.cells.vocabulary, bool((options or {}).get("by_group")))
+
+    def _asked(self, adata: AnnData, model: str, keys: DataKeys | None, options: Options | None) -> _Asked:
+        """The cells as the model's task reads them."""
         served = self.model(model)
-        cells = WireCells.of(adata, keys, self._vocabulary(model, served["vocabulary_fingerprint"]), int(served["max_cells"]))
-        columns: dict[str, NDArray[Any]] = {}
-        about: dict[str, Any] = {}
+        vocabulary = self._vocabulary(model, served["vocabulary_fingerprint"])
+        given = dict(options or {})
+        context = str(given.pop("context", "own"))
+        wanted = DataKeys.model_validate(served["keys"]) if keys is None and served.get("keys") else keys or DataKeys()
+        reading = query_keys(adata, wanted) if keys is None else wanted.model_copy(update={"labels_key": None})
+        table, report = cell_table(adata, vocabulary, reading)
+        if served["task"] == "perturb":
+            cells = controls_by_group(adata, served, wanted, WireCells(table, vocabulary, [], report))
+        else:
+            sentences, told = sentences_for(served, table, context)
+            cells = WireCells(table, vocabulary, sentences, {**report, "context": told})
+        if context == "panel":
+            given["context"] = context
         version = served.get("version")  # all parts of one AnnData go to one version, whatever is promoted meanwhile
         exact = f"{served['name']}:{version}" if version else quote(model, safe="@:")
-        for part in cells.parts(int(served["limits"]["max_cells"])):
-            body, rows = cells.body(part)
-            table, said = self._post(f"/v1/models/{exact}/{task}", body)
-            if table.num_rows != len(rows):
-                raise ServiceError(f"{len(rows)} cells were sent and {table.num_rows} came back; is this a cellplane endpoint?")
+        return _Asked(exact, served, cells, given)
+
+    def _ask(self, asked: _Asked, task: str, progress: Progress) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Answer columns in the caller's row order, and the metadata of the answer."""
+        columns: dict[str, NDArray[Any]] = {}
+        about: dict[str, Any] = {}
+        n, done = asked.cells.table.n_cells, 0
+        for part in asked.cells.parts(asked.cells_per_request(task)):
+            found, said, rows = self._ask_once(asked, task, part)
+            if any(len(values) != len(rows) for values in found.values()):
+                raise ServiceError(f"{len(rows)} cells were sent and another number came back; is this a cellplane endpoint?")
             if about and said["model_sha256"] != about["model_sha256"]:
                 raise ServiceError("another model version was put in place while the cells were being answered; ask again")
-            about = {**said, "alias": served.get("alias"), "warnings": sorted({*about.get("warnings", ()), *said["warnings"]})}
-            for name in table.column_names:
-                _scatter(columns, name, rows, table[name], adata.n_obs)
-        log.info("%d cells answered by %s version %s", adata.n_obs, about["model"], about["version"])
-        return columns, {**about, **cells.report}
+            about = {**said, "warnings": sorted({*about.get("warnings", ()), *said["warnings"]})}
+            for name, values in found.items():
+                columns.setdefault(name, np.empty((n, *values.shape[1:]), dtype=values.dtype))[rows] = values
+            done += len(rows)
+            progress(done, n)
+        log.info("%d cells answered by %s version %s", n, about["model"], about["version"])
+        return columns, about
+
+    def _ask_once(self, asked: _Asked, task: str, part: Sequence[int]) -> tuple[Columns, dict[str, Any], NDArray[np.int64]]:
+        """One request: its columns, what they say of themselves, and the rows they are of."""
+        body, rows = asked.cells.body(part)
+        table, said = self._post(f"/v1/models/{asked.exact}/{task}", body, asked.options)
+        about = {**said, "alias": asked.served.get("alias"), **asked.cells.report}
+        return {name: plain(table[name]) for name in table.column_names}, about, rows
 
     def _vocabulary(self, model: str, fingerprint: str) -> GeneVocabulary:
         """The genes of the served model, asked for once for each fingerprint."""
@@ -273,9 +275,11 @@ class Client:
         answer: dict[str, Any] = self._call(self._http.build_request("GET", path)).json()
         return answer
 
-    def _post(self, path: str, body: bytes) -> tuple[pa.Table, dict[str, Any]]:
+    def _post(self, path: str, body: bytes, options: Options | None = None) -> tuple[pa.Table, dict[str, Any]]:
         headers = {"Content-Type": ARROW_TYPE, "Accept": ARROW_TYPE, "X-Request-Id": uuid.uuid4().hex}
-        return read_answer(self._call(self._http.build_request("POST", path, content=body, headers=headers)).content)
+        told = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in (options or {}).items()}
+        request = self._http.build_request("POST", path, content=body, headers=headers, params=told or None)
+        return read_answer(self._call(request).content)
 
     def _call(self, request: httpx.Request) -> httpx.Response:
         for attempt in range(self.retries + 1):
@@ -319,17 +323,3 @@ def _retry_after(response: httpx.Response, default_s: float) -> float:
         return min(max(float(response.headers["retry-after"]), 0.0), LONGEST_WAIT_S)
     except (KeyError, ValueError):
         return default_s
-
-
-def _scatter(columns: dict[str, NDArray[Any]], name: str, rows: NDArray[np.int64], values: pa.ChunkedArray, n: int) -> None:
-    """Put one answer's column into its rows of the whole."""
-    part = matrix(values) if pa.types.is_fixed_size_list(values.type) else values.to_numpy()
-    if name not in columns:
-        columns[name] = np.empty((n, *part.shape[1:]), dtype=part.dtype)
-    columns[name][rows] = part
-
-
-def _storable(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata an h5ad file can hold: without None, and without what differs from call to call."""
-    kept = {key: _storable(value) if isinstance(value, Mapping) else value for key, value in about.items()}
-    return {key: value for key, value in kept.items() if value is not None and key not in (N_ROWS, "request_id")}

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -232,12 +233,31 @@ def local_ray(num_cpus: int | None = None, log_to_driver: bool = True) -> Iterat
         else:
             temp_dir = short_temp_dir()
             own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-            _init_ray({**own, "_temp_dir": str(temp_dir), "log_to_driver": log_to_driver}, home())
+            with _temporary_files_in(temp_dir):
+                _init_ray({**own, "_temp_dir": str(temp_dir), "log_to_driver": log_to_driver}, home())
         yield
     finally:
         ray.shutdown()
         if temp_dir:
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """What processes that start in the block leave behind lies here, not where this process has its own temporary files.
+
+    Ray's dashboard ends without removing its forkserver's socket.
+    """
+    tempfile.gettempdir()  # remembered by this process from now on
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def _init_ray(options: Mapping[str, object], folder: Path) -> None:

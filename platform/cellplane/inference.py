@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -22,27 +21,37 @@ from cellplane.artifact.folder import ModelFolder, describe, load_model
 from cellplane.artifact.judgement import UNKNOWN as UNKNOWN
 from cellplane.artifact.judgement import Judgement
 from cellplane.artifact.members import members_of, together
+from cellplane.artifact.panel import Panel
 from cellplane.artifact.smoothing import Smoothing
 from cellplane.cells import CellBatch
-from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in
+from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in, store_with_panel
 from cellplane.data.config import DataKeys
 from cellplane.data.loader import prefetch
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
-from cellplane.data.sources import AnnData, cell_table, gene_columns, read_h5ad
+from cellplane.data.sources import AnnData, cell_table, gene_columns
 from cellplane.data.sources import query_keys as query_keys
 from cellplane.errors import ConfigError, DataError, IntegrityError
 from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
 from cellplane.model.config import Precision
 from cellplane.model.linear import in_precision
+from cellplane.results import LABELS_DERIVED as LABELS_DERIVED
+from cellplane.results import NO_COUNTS as NO_COUNTS
+from cellplane.results import NO_KNOWN_COUNTS as NO_KNOWN_COUNTS
+from cellplane.results import Annotation as Annotation
+from cellplane.results import Denoised as Denoised
+from cellplane.results import answered as answered
+from cellplane.results import flag_column as flag_column
+from cellplane.results import record as record
+from cellplane.results import write_annotation as write_annotation
+from cellplane.results import write_denoised as write_denoised
+from cellplane.results import write_flags as write_flags
 
 log = logging.getLogger(__name__)
 
 CELLS_PER_FORWARD = PlanConfig().cells_per_micro_batch
 CELLS_PER_DECODE = 256  # of whom all genes are decoded at a time: 20 MB at 19,374 genes
 RATES_PER = 10_000  # what denoised rates of a cell add up to over the genes it measured and the model knows
-LABELS_DERIVED = ("unknown_score", "agrees")  # columns that are worth nothing once a cell has another label
-NO_COUNTS, NO_KNOWN_COUNTS = "no counts", "no counts in genes the model knows"
 TASKS = {  # what each kind of model can be asked
     "pretrain": ("embed",),
     "annotate": ("annotate", "embed"),
@@ -50,22 +59,6 @@ TASKS = {  # what each kind of model can be asked
     "impute": ("impute",),
     "perturb": ("perturb",),
 }
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """Cell types in the caller's order: ``labels`` [n] str, ``confidence`` [n] in [0, 1], ``proba`` [n, n_classes].
-
-    A cell without counts in genes the model knows is UNKNOWN, with confidence 0; its probabilities say what the model
-    thinks of the context alone. ``unknown_score`` [n]: how strange a cell is, see `artifact.judgement`; None from models
-    that did not learn it.
-    """
-
-    labels: NDArray[np.object_]
-    confidence: NDArray[np.float32]
-    proba: NDArray[np.float32]
-    classes: tuple[str, ...]
-    unknown_score: NDArray[np.float32] | None = None
 
 
 class Predictor:
@@ -78,6 +71,7 @@ class Predictor:
         self.others = [halved(network).to(self.device).eval() for network in others]  # that answer with it, see `artifact.members`
         self.judgement = Judgement.of(folder.attachments)
         self.smoothing = Smoothing.of(folder.attachments)
+        self.panel = Panel.of(folder.attachments)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Predictor:
@@ -112,6 +106,23 @@ class Predictor:
         """What this model can be asked: embed, annotate."""
         return TASKS[self.folder.task]
 
+    @property
+    def panel_table(self) -> CellTable:
+        """The reference cells that the model carries; ConfigError when it has none."""
+        if self.panel is None:
+            raise ConfigError("this model carries no reference panel; give it one: cellplane models panel")
+        return CellTable(self.panel.crow, self.panel.gene, self.panel.value, self.panel.measured)
+
+    def company(self, context: Context | AnnData) -> Context | AnnData | CellTable:
+        """The context as `read_cells` takes it: the panel's cells for its name."""
+        return self.panel_table if isinstance(context, str) and context == "panel" else context
+
+    def store(self, table: CellTable, context: Context) -> tuple[MemoryStore | SharedStore, str]:
+        """Cells in a context, and what to record of it; ConfigError for a context this model has not."""
+        if context == "panel":
+            return store_with_panel(table, self.panel_table, self.max_cells)
+        return store_in(context, table, self.max_cells)
+
     def info(self) -> dict[str, Any]:
         """JSON-ready description: tasks, classes, vocabulary fingerprint, context size, checksum, dtype."""
         return {**describe(self.folder), "tasks": list(self.tasks), "dtype": self.precision}
@@ -141,7 +152,7 @@ class Predictor:
             proba = judgement.probabilities(None if output.logits is None else output.logits.float().cpu().numpy(), z, batch)
             strange = judgement.unknown_scores(proba, z, batch)
             labels, confidence = judgement.words(proba, strange, classes)
-            seen = (batch.totals() > 0).numpy()
+            seen = batch.counted().numpy()
             labels[~seen] = UNKNOWN
             yield batch.row.numpy(), Annotation(labels, np.where(seen, confidence, np.float32(0)), proba, classes, strange)
 
@@ -220,7 +231,8 @@ class Predictor:
 
 def n_asked(store: SentenceStore) -> int:
     """Cells that are answered, all but the read-only ones of a context."""
-    return store.table.n_cells if isinstance(store, SharedStore) else int(store.sizes.sum())
+    known: int | None = getattr(store, "n_asked", None)
+    return int(store.sizes.sum()) if known is None else known
 
 
 def _asked(batch: CellBatch, output: CellPLMOutput) -> tuple[CellBatch, CellPLMOutput]:
@@ -266,7 +278,8 @@ def build_network(folder: ModelFolder, precision: Precision = "float32") -> Cell
 
     Raises IntegrityError naming the keys.
     """
-    network = CellPLM(replace(folder.config, precision=precision))
+    with torch.device("meta"):  # no memory and no first values: all come from the folder
+        network = CellPLM(replace(folder.config, precision=precision))
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in folder.weights.items()}
     if expected != found:
@@ -276,7 +289,9 @@ def build_network(folder: ModelFolder, precision: Precision = "float32") -> Cell
         raise IntegrityError(
             f"the weights do not belong to this configuration: missing {missing[:5]}, not expected {extra[:5]}, misshapen {shapes[:5]}"
         )
-    network.load_state_dict(dict(folder.weights), strict=True)
+    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    own = {name: tensor.to(types[name], copy=True) for name, tensor in folder.weights.items()}
+    network.load_state_dict(own, strict=True, assign=True)
     return network
 
 
@@ -294,33 +309,24 @@ def read_cells(
     keys: DataKeys,
     max_cells: int,
     classes: tuple[str, ...] | None = None,
-    context: Context | AnnData = "own",
+    context: Context | AnnData | CellTable = "own",
 ) -> Read:
     """The cells as sentences of at most ``max_cells`` by ``keys.batch_key``; labels only when ``classes`` are given.
 
     ``context`` is "own" (these cells, by batch), "section" (patches of neighbouring cells), "self" (each cell alone), or
-    another AnnData, whose cells are read beside them and not answered, see `data.company`. ConfigError for another name.
+    another AnnData, whose cells are read beside them and not answered, see `data.company`; a model's panel comes as its
+    cells (`Predictor.company`). ConfigError for another name.
     """
     table, report = cell_table(adata, vocabulary, keys, classes)
     if isinstance(context, str):
         store, told = store_in(context, table, max_cells)
         return Read(store, {**report, "context": told})
+    if isinstance(context, CellTable):
+        beside, told = store_with_panel(table, context, max_cells)
+        return Read(beside, {**report, "context": told})
     others, _ = cell_table(context, vocabulary, query_keys(context, keys))
     shared, told = store_beside(table, others, max_cells)
     return Read(shared, {**report, "context": told})
-
-
-def write_annotation(data: AnnData, annotation: Annotation, key_added: str = "cellplm") -> None:
-    """Writes labels (categorical), confidence, probabilities and, where known, the unknown score under our usual keys."""
-    others = sorted({str(label) for label in annotation.labels} - {*annotation.classes})  # unknown, and broader names
-    data.obs[f"{key_added}_cell_type"] = pd.Categorical(annotation.labels, categories=[*annotation.classes, *others])
-    data.obs[f"{key_added}_confidence"] = annotation.confidence
-    for name in LABELS_DERIVED:  # an earlier model's
-        if f"{key_added}_{name}" in data.obs:
-            del data.obs[f"{key_added}_{name}"]
-    if annotation.unknown_score is not None:
-        data.obs[f"{key_added}_unknown_score"] = annotation.unknown_score
-    data.obsm[f"{key_added}_cell_type_proba"] = annotation.proba
 
 
 @dataclass(frozen=True)
@@ -347,15 +353,6 @@ class BatchedStore:
         none = np.full(table.n_cells, -1, dtype=np.int64)
         known = none if table.batch is None else np.array([place.get(str(name), -1) for name in table.batch], dtype=np.int64)
         return cls(memory_store(table, max_cells), known)
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """``rates`` per 10,000, [n, n_vars] float32: NaN for genes without a place in the vocabulary; and the cells they are of."""
-
-    rates: NDArray[np.float32]
-    table: CellTable
-    report: Mapping[str, Any]
 
 
 def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: str | None = None) -> Denoised:
@@ -397,54 +394,3 @@ def decoded_in(folder: ModelFolder, store: BatchedStore, target: str | None) -> 
         return None
     log.info("%d cells are of batches that were not learned: all are decoded in the mean of %d", (store.batch_index < 0).sum(), len(names))
     return tuple(range(len(names)))
-
-
-def write_denoised(data: AnnData, found: Denoised, key_added: str = "cellplm") -> None:
-    """Writes layers[key_denoised], rates per 10,000, and obs[key_size_factor], each cell's counts in genes the model knows."""
-    data.layers[f"{key_added}_denoised"] = found.rates
-    data.obs[f"{key_added}_size_factor"] = found.table.totals().astype(np.float32)
-
-
-def write_flags(data: AnnData, table: CellTable, key_added: str = "cellplm") -> None:
-    """Says in obs[key_flag] which cells show the model nothing, and why; without such cells there is no such column."""
-    key, flags = f"{key_added}_flag", flag_column(table)
-    if key in data.obs:
-        del data.obs[key]
-    if flags is not None:
-        data.obs[key] = flags
-        log.warning("%d of %d cells have no counts in genes the model knows; see obs[%r]", (flags.codes >= 0).sum(), table.n_cells, key)
-
-
-def flag_column(table: CellTable) -> Any:
-    """Why cells show the model nothing, a pandas Categorical [n]; None when all show something."""
-    uncounted = table.totals() == 0
-    if not uncounted.any():
-        return None
-    empty = uncounted if table.empty is None else table.empty
-    return pd.Categorical.from_codes(np.select([empty, uncounted], [0, 1], -1), categories=pd.Index([NO_COUNTS, NO_KNOWN_COUNTS]))
-
-
-def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into `uns["cellplm"]`: model, context policy, where counts and genes came from."""
-    return {
-        "model_sha256": folder.model_sha256,
-        "lineage": dict(folder.lineage),
-        "context": f"own: sentences of at most {folder.max_cells} cells of one batch, dealt by seed 0",
-        "dtype": "float32",
-        **{key: value for key, value in report.items() if value is not None},
-    }
-
-
-def answered(source: Path, answer: Path, sha256: str, holds: tuple[str, str] = ("uns", "cellplm")) -> bool:
-    """Whether ``answer`` is what the model of this checksum wrote about ``source`` as it is now, with ``holds`` (place, key) in it."""
-    if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
-        return False
-    try:
-        adata = read_h5ad(answer, backed=True)
-    except DataError:
-        return False
-    try:
-        place, key = holds
-        return key in getattr(adata, place) and bool(adata.uns.get("cellplm", {}).get("model_sha256") == sha256)
-    finally:
-        adata.file.close()

@@ -137,7 +137,8 @@ def change(
     shared = [gene for gene in genes if gene in places]
     if not shared:
         raise DataError("the cells and the prediction share no gene; use the same naming scheme for both")
-    logs = _scaled(counts, counts.sum(1))[:, [genes.index(gene) for gene in shared]]
+    at = {gene: column for column, gene in enumerate(genes)}
+    logs = _scaled(_dense(counts, [at[gene] for gene in shared]), _totals(counts))
     perturbed, controls = logs[done == perturbation], logs[done == keys[1]]
     if len(perturbed) < 2 or len(controls) < 2:
         raise DataError(f"a change needs two cells or more of each, found {len(perturbed)} perturbed and {len(controls)} control cells")
@@ -165,10 +166,18 @@ def _labelled(adata: AnnData, labels_key: str, predicted_key: str) -> tuple[tupl
     return (truth[rows], answers[rows]), rows
 
 
-def _counts(adata: AnnData) -> tuple[NDArray[np.float64], list[str]]:
+def _counts(adata: AnnData) -> tuple[Any, list[str]]:
+    """Counts [n, G], CSR, and the genes; a data set made dense takes gigabytes, so only what is drawn is."""
     source = find_counts(adata, DataKeys())
-    matrix, genes = merged_columns(source.matrix, list(map(str, source.namings.get("var_names", source.gene_ids))))
-    return np.asarray(matrix.toarray(), dtype=np.float64), genes
+    return merged_columns(source.matrix, list(map(str, source.namings.get("var_names", source.gene_ids))))
+
+
+def _dense(counts: Any, columns: Sequence[int]) -> NDArray[np.float64]:
+    return np.asarray(counts[:, columns].toarray(), dtype=np.float64)
+
+
+def _totals(counts: Any) -> NDArray[np.float64]:
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def _scaled(counts: NDArray[np.float64], totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,13 +194,15 @@ def _paired(truth: AnnData, imputed: AnnData) -> tuple[list[str], NDArray[np.flo
     if list(truth.obs_names) != list(imputed.obs_names):
         raise DataError("truth and imputation are not of the same cells in the same order: select those of the imputation first")
     counts, measured = _counts(truth)
-    values = np.asarray(imputed.X, dtype=np.float64)
+    values = imputed.X
     answered = [str(imputed.var_names[gene]) for gene in np.flatnonzero(np.isfinite(values).all(axis=0))]
     place, own = {gene: at for at, gene in enumerate(measured)}, {gene: at for at, gene in enumerate(map(str, imputed.var_names))}
     genes = [gene for gene in answered if gene in place]
     if not genes:
         raise DataError("the truth measured none of the imputed genes; use the same naming scheme for both")
-    shown = counts[:, [at for gene, at in place.items() if gene not in own]].sum(1)
-    true = _scaled(counts, counts.sum(1))[:, [place[gene] for gene in genes]]
-    found = _scaled(values[:, [own[gene] for gene in genes]], shown if (shown > 0).any() else counts.sum(1))
+    totals = _totals(counts)
+    shown = _totals(counts[:, [at for gene, at in place.items() if gene not in own]])
+    true = _scaled(_dense(counts, [place[gene] for gene in genes]), totals)
+    guess = np.asarray(values[:, [own[gene] for gene in genes]], dtype=np.float64)
+    found = _scaled(guess, shown if (shown > 0).any() else totals)
     return genes, true, found

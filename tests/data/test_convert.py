@@ -277,6 +277,7 @@ def test_missing_and_broken_inputs_are_named(tmp_path):
     (tmp_path / "text.h5ad").write_text("hello")
     with pytest.raises(FileFormatError, match=r"text\.h5ad.*text"):
         run(config_for(tmp_path, tmp_path / "text.h5ad"))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.h5ad"]
 
 
 def test_a_given_vocabulary_fixes_genes_and_order(cells, h5ad, tmp_path):

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from cellplane.cells import CellBatch
-from cellplane.data import loader
+from cellplane.data import buffers, loader
 from cellplane.data.config import ConvertConfig, DataKeys, SimulateConfig
 from cellplane.data.convert import convert_with, write_part
 from cellplane.data.loader import ShardStore, prefetch
@@ -189,7 +189,7 @@ def test_sentences_weigh_what_their_sample_or_data_set_weighs(store):
 
 
 def test_as_many_buffers_as_batches_in_use_are_used_again(store, monkeypatch):
-    monkeypatch.setattr(loader, "MAX_IDLE", 4)
+    monkeypatch.setattr(buffers, "MAX_IDLE", 4)
 
     def read(times: int) -> set[int]:
         held = [store.read([0]) for _ in range(times)]

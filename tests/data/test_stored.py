@@ -85,6 +85,33 @@ def test_stored_cells_are_the_cells_of_the_file(kind, vocabulary, tmp_path):
     assert not list(tmp_path.glob(".*"))  # nothing is left behind
 
 
+@pytest.mark.parametrize("n_genes", [40, 70_000], ids=["16 bits", "32 bits"])
+def test_counts_that_need_more_than_16_bits_come_back_exactly(n_genes, tmp_path):
+    adata = cells(n_cells=300)
+    counts = adata.X.tolil()
+    for cell, gene, count in ((0, 0, 65_535), (3, 1, 65_536), (3, 7, 2**24), (299, 39, 70_000)):
+        counts[cell, gene] = count
+    adata.X = counts.tocsr().astype(np.float32)
+    write_h5ad(adata, tmp_path / "in.h5ad")
+    genes = GeneVocabulary.from_ids([*(f"OTHER{gene}" for gene in range(n_genes - 40)), *GENES])
+    whole, _ = cell_table(adata, genes, KEYS)
+    stored = store_cells(tmp_path / "in.h5ad", genes, KEYS, tmp_path).table
+    np.testing.assert_array_equal(stored.totals(), whole.totals())
+    for rows in (np.arange(300), np.array([299, 3, 2, 0]), np.array([5])):
+        mine, theirs = stored.rows(rows), whole.rows(rows)
+        np.testing.assert_array_equal(mine.gene, theirs.gene)
+        np.testing.assert_array_equal(mine.value, theirs.value)
+
+
+def test_cells_that_are_looked_at_are_not_overwritten_by_later_ones(tmp_path):
+    write_h5ad(cells(), tmp_path / "in.h5ad")
+    stored = store_cells(tmp_path / "in.h5ad", GeneVocabulary.from_ids(GENES), KEYS, tmp_path).table
+    held = [stored.rows(np.array([row])) for row in range(90)]
+    again = stored.rows(np.arange(90))
+    np.testing.assert_array_equal(np.concatenate([part.value for part in held]), again.value)
+    np.testing.assert_array_equal(np.concatenate([part.gene for part in held]), again.gene)
+
+
 def test_places_are_kept_with_the_cells(tmp_path):
     adata = cells(spatial=True)
     write_h5ad(adata, tmp_path / "in.h5ad")
@@ -109,11 +136,12 @@ def test_a_missing_column_is_named(tmp_path):
         store_cells(tmp_path / "in.h5ad", GeneVocabulary.from_ids(GENES), DataKeys(batch_key="donr"), tmp_path)
 
 
-def test_rows_on_disk_come_back_in_whatever_order_they_went(tmp_path: Path):
+@pytest.mark.parametrize("width", [3, 5000], ids=["in one piece", "row by row"])
+def test_rows_on_disk_come_back_in_whatever_order_they_went(tmp_path: Path, width: int):
     rng = np.random.default_rng(1)
-    rows, truth = DiskRows((57, 3), np.float32, tmp_path), np.zeros((57, 3), dtype=np.float32)
+    rows, truth = DiskRows((57, width), np.float32, tmp_path), np.zeros((57, width), dtype=np.float32)
     for _ in range(20):
         where = rng.permutation(50)[: rng.integers(0, 9)]  # the last seven stay unwritten
-        values = rng.normal(size=(len(where), 3)).astype(np.float32)
+        values = rng.normal(size=(len(where), width)).astype(np.float32)
         rows[where], truth[where] = values, values
     np.testing.assert_array_equal(np.concatenate([block for _, block in rows.blocks()]), truth)

@@ -16,9 +16,10 @@ from tests.house.source import PLATFORM, ROOT, Source, imports, modules, room, s
 ROWS = (
     ("cellplane", "genes", "cells", "seeds", "config", "errors"),
     ("data", "model", "artifact", "tracking", "processes"),
-    ("inference", "train"),
+    ("results", "wire"),
+    ("inference", "train", "served"),
     ("pipelines", "batch", "client"),
-    ("benchmark", "serve", "cluster", "cleanup", "pl"),
+    ("benchmark", "serve", "cluster", "cleanup", "pl", "remote", "difference"),
     ("demo", "doctor"),
     ("cli",),
     ("jobs",),  # a job is a verb under another name: same options, same exit codes

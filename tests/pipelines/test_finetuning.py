@@ -15,7 +15,7 @@ import torch
 
 from cellplane.artifact.folder import load_model, save_model, verify_model
 from cellplane.config import load_config, to_yaml
-from cellplane.data.sources import AnnData
+from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 from cellplane.errors import CheckpointError, ColumnError, ConfigError, DataError, FileFormatError, ServiceError
 from cellplane.pipelines import finetuning
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
@@ -215,6 +215,15 @@ def test_bad_files_are_refused_before_any_work(alone, which):
         run_finetune(alone.config(**{which: str(alone.home / "nowhere.h5ad")}))
     with pytest.raises(ColumnError, match="did you mean 'cell_type'"):
         run_finetune(alone.config(keys={"labels_key": "celltype"}))
+    assert not (alone.home / "runs").exists()
+
+
+def test_cells_that_cannot_be_learned_from_leave_no_run_behind(alone):
+    cells = read_h5ad(alone.train)
+    cells.X = -cells.X
+    write_h5ad(cells, alone.home / "negative.h5ad")
+    with pytest.raises(DataError, match=r"negative\.h5ad.*negative values"):
+        run_finetune(alone.config(data=str(alone.home / "negative.h5ad"), test=None))
     assert not (alone.home / "runs").exists()
 
 

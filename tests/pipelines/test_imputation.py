@@ -135,6 +135,14 @@ def test_a_saved_pipeline_answers_alike_with_the_reference_it_kept(fitted, query
     assert loaded.suggest_panel(3) == fitted.suggest_panel(3)
 
 
+def test_cells_can_be_read_beside_another_reference(fitted, query, reference):
+    other = fitted.predict(query, {"min_correlation": -1.0}, reference[::2, :-3].copy())
+    assert list(other.var_names) == list(fitted.genes_[:-3]), "only genes that it measured"
+    assert "80 given reference cells" in other.uns["cellplm"]["context"]
+    same = fitted.predict(query, {"min_correlation": -1.0}, reference)
+    np.testing.assert_allclose(same.X, fitted.predict(query, {"min_correlation": -1.0}).X, rtol=1e-4)
+
+
 def test_the_same_seed_learns_the_same(query, reference):
     one, other = (SpatialImputationPipeline(config=SHORT).fit(query, reference).folder_.weights for _ in range(2))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())

@@ -17,9 +17,10 @@ from cellplane.errors import DataError
 from cellplane.genes import GeneVocabulary
 from cellplane.inference import Predictor
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
+from cellplane.pipelines.baselines import table_logs
 from cellplane.pipelines.config import AnnotationConfig, FinetuneConfig
 from cellplane.pipelines.finetuning import LATER, identity_of
-from cellplane.pipelines.linear_member import Form, best_share, choose_form, fit_linear, fitted, log_counts
+from cellplane.pipelines.linear_member import Form, best_share, choose_form, fit_linear, fitted
 from cellplane.pipelines.unknown import places_in
 from tests.pipelines.conftest import RECIPE
 
@@ -118,7 +119,7 @@ def test_it_says_what_scikit_learn_says(few, components, n_types):
     table = table.rows(np.flatnonzero(table.labels < n_types))
     member = fitted(Form(1e4, components, 0.3), [table], n_types, 0)
     logits = places_in(member.space, memory_store(table, 100)) + member.bias
-    logs, labels = log_counts(table, 1e4), table.labels
+    logs, labels = table_logs(table, 1e4), table.labels
     if components:
         dense = logs.toarray() - np.asarray(logs.mean(axis=0))
         left, sizes, _ = np.linalg.svd(dense, full_matrices=False)

@@ -46,6 +46,29 @@ def test_the_first_member_is_the_model_that_is_fitted_alone(together, training):
     assert kept == single.folder_.attachments, "the judgement is the first member's, by cells that it has not learned from"
 
 
+def test_what_refuses_cells_is_learned_from_the_mean_by_cells_that_no_member_knows(training, query, monkeypatch):
+    asked: list[tuple[int, bytes]] = []
+    known, logits = set(), Predictor.logits
+    learn = CellTypeAnnotationPipeline._learn
+
+    def watched(self, network, stores, course):
+        known.update(part.table.value.tobytes() for part in stores[:1])
+        return learn(self, network, stores, course)
+
+    def told(self, store):
+        asked.append((len(self.others), store.table.value.tobytes()))
+        return logits(self, store)
+
+    monkeypatch.setattr(CellTypeAnnotationPipeline, "_learn", watched)
+    monkeypatch.setattr(Predictor, "logits", told)
+    pipeline = CellTypeAnnotationPipeline(config={**THREE, "calibrate": True, "unknown": {"reject": True}}).fit(training)
+    assert len(known) == 1, "all members learn from the same cells"
+    assert [members for members, _ in asked] == [2]
+    assert asked[0][1] not in known, "training cells are not asked about"
+    assert len(Predictor(pipeline.folder_).others) == 2
+    assert pipeline.predict(query).shape == (query.n_obs,)
+
+
 def test_members_are_saved_and_change_what_the_model_is(together, query, tmp_path):
     path = together.save(tmp_path / "three")
     assert np.array_equal(CellTypeAnnotationPipeline.load(path).predict_proba(query), together.predict_proba(query))

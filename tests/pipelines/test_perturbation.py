@@ -136,6 +136,14 @@ def test_a_saved_pipeline_answers_alike(fitted, controls, tmp_path):
     assert loaded.perturbations_ == fitted.perturbations_
 
 
+def test_a_loaded_pipeline_answers_as_it_was_fitted(screen, controls, tmp_path):
+    raised = PerturbationPipeline(config={**SHORT, "kind": "crispra"}).fit(screen)
+    loaded = PerturbationPipeline.load(raised.save(tmp_path / "model"))
+    found = loaded.predict(controls)
+    assert set(found.obs["kind"]) == {"crispra"}
+    np.testing.assert_array_equal(found.X, raised.predict(controls).X)
+
+
 def test_the_same_seed_learns_the_same(screen):
     one, other = (PerturbationPipeline(config=SHORT).fit(screen).folder_.weights for _ in range(2))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())

@@ -251,6 +251,7 @@ def test_too_few_labels_are_said_before_any_fit(place, tmp_path, change, words):
 def test_a_reference_of_other_names_is_refused(place, tmp_path):
     with pytest.raises(DataError, match="share no label"):
         run_try(annotation(place, reference=spoilt(place, tmp_path, labelled("B")), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_three_shared_genes_are_too_few(place, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from cellplane import client as client_module
+from cellplane import wire as wire_module
 from cellplane.client import Client
 from cellplane.data.config import DataKeys
 from cellplane.data.sentences import memory_store
@@ -91,7 +92,7 @@ def test_the_client_gets_the_offline_answer(listen: Callable[..., str], predicto
 def test_all_parts_of_one_anndata_go_to_the_version_that_answered_first(
     listen: Callable[..., str], versions: Versions, cells: AnnData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "CELLS_PER_REQUEST", 16)
+    monkeypatch.setattr(wire_module, "CELLS_PER_REQUEST", 16)
     versions.before = lambda: versions.promote("4")
     with Client(listen()) as client:
         client.embed(cells, "tiny", BATCHES)

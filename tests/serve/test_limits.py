@@ -17,8 +17,8 @@ from serve.security import ApiKey, ApiKeys, new_key
 PATH = "/v1/models/m/annotate"
 KEY, LINE = new_key("someone")
 KEYS = ApiKeys((ApiKey(*LINE.split()[:2], ("predict",)),))
-DEPLOY_KEY, DEPLOY_LINE = new_key("operator", ("deploy",))
-TWO_KEYS = ApiKeys((*KEYS.keys, ApiKey(*DEPLOY_LINE.split()[:2], ("deploy",))))
+READ_KEY, READ_LINE = new_key("scraper", ("read",))
+TWO_KEYS = ApiKeys((*KEYS.keys, ApiKey(*READ_LINE.split()[:2], ("read",))))
 
 
 async def reads_everything(scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,13 +101,14 @@ def test_without_a_valid_key_nothing_is_read() -> None:
     for given in (None, "Bearer wrong", KEY, f"Basic {KEY}", "Bearer "):
         exchange = Exchange(b"x").run(guard(keys=TWO_KEYS), **({} if given is None else {"authorization": given}))
         assert (exchange.status, exchange.read, exchange.headers["www-authenticate"]) == (401, 0, "Bearer")
-    assert Exchange(b"x").run(guard(keys=TWO_KEYS), authorization=f"Bearer {DEPLOY_KEY}").status == 403
+    assert Exchange(b"x").run(guard(keys=TWO_KEYS), authorization=f"Bearer {READ_KEY}").status == 403
     assert Exchange(b"x").run(guard(keys=TWO_KEYS), authorization=f"Bearer {KEY}").status == 200
 
 
 def test_reading_needs_a_key_too_but_health_does_not() -> None:
     assert Exchange().run(guard(keys=KEYS), "GET", "/v1/models").status == 401
     assert Exchange().run(guard(keys=KEYS), "GET", "/v2/health/ready").status == 200
+    assert Exchange().run(guard(keys=TWO_KEYS), "GET", "/metrics", authorization=f"Bearer {READ_KEY}").status == 200
 
 
 def test_an_answer_that_takes_too_long_is_a_timeout() -> None:

@@ -31,6 +31,7 @@ from cellplane.inference import Predictor
 from serve.app import Deployed, deploy, undeploy
 from serve.deployment import ServeConfig
 from serve.security import new_key
+from tests.serve.wire import Ask, answer_of, head
 
 pytestmark = pytest.mark.cluster
 
@@ -128,6 +129,25 @@ def test_bad_requests_are_refused_over_http_too(endpoint: Deployed, post: Post, 
     assert httpx.get(f"{endpoint.url}/v2/health/ready", trust_env=False).json() == {"ready": True}
     with Client(endpoint.url, api_key="wrong") as stranger, pytest.raises(ServiceError, match="API key"):
         stranger.models()
+
+
+@pytest.mark.parametrize(
+    ("headers", "declared", "status"),
+    [
+        ({"authorization": "Bearer wrong"}, 1000, 401),
+        ({"authorization": "Bearer wrong"}, 300 * 2**20, 401),
+        ({}, None, 401),
+        ({"authorization": f"Bearer {KEY}"}, 300 * 2**20, 413),
+        ({"authorization": f"Bearer {KEY}", "x-padding": "a" * 40_000}, 10, 431),
+    ],
+)
+def test_what_headers_tell_is_refused_although_the_body_never_comes(
+    endpoint: Deployed, headers: dict[str, str], declared: int | None, status: int
+) -> None:
+    """Through Serve's proxy too, which hands a request on as soon as it has its headers."""
+    with socket.create_connection(("127.0.0.1", int(endpoint.url.rpartition(":")[2])), timeout=30) as connection:
+        connection.sendall(head(Ask(kind=ARROW_TYPE, headers=headers), declared))
+        assert answer_of(connection).status == status
 
 
 def test_a_request_id_comes_back_once(post: Post, arrow_body: bytes) -> None:

@@ -21,9 +21,10 @@ from cellplane.model.config import ModelConfig
 from serve.codec import Cells, decode
 from serve.deployment import ServeConfig
 from serve.limits import Limits
+from serve.options import Options, read_options
 from serve.replica import ModelReplica
 from serve.routes import Version
-from serve.tasks import Options, Question, read_options
+from serve.tasks import Question
 from tests.serve.conftest import GENES, MAX_CELLS
 
 BATCHES = ("batch_0", "batch_1")

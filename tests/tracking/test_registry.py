@@ -197,3 +197,11 @@ def test_everything_works_through_a_server_too(server, tmp_path: Path, model_fol
         resolve_model(f"models:/{NAME}@best", server.uri, tmp_path / "cache")
     with pytest.raises(ConfigError, match="there are: " + NAME):
         resolve_model("models:/nobody@best", server.uri, tmp_path / "cache")
+
+
+def test_a_run_folder_is_told_from_the_model_in_it(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"folder of a run and not a model.*name .*run/model"):
+        resolve_model(tmp_path / "run", None, tmp_path / "cache")
+    assert resolve_model(tmp_path / "run" / "model", None, tmp_path / "cache").path == tmp_path / "run" / "model"

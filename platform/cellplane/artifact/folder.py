@@ -44,10 +44,12 @@ CONTENT = (CONFIG, VOCABULARY, WEIGHTS)  # what the model's identity is made of
 JUDGEMENT, JUDGEMENT_CELLS = "judgement.json", "judgement.safetensors"  # how an annotator words its answers: artifact.judgement
 SMOOTHING, SMOOTHING_CELLS = "smoothing.json", "smoothing.safetensors"  # what a denoiser adds to its network: artifact.smoothing
 MEMBERS = "members.safetensors"  # more networks that answer with the first one: artifact.members
+PANEL, PANEL_CELLS = "panel.json", "panel.safetensors"  # company for lone cells: artifact.panel
 ANSWERING = {  # attachments that change the answers
     "judgement": (JUDGEMENT, JUDGEMENT_CELLS),
     "smoothing": (SMOOTHING, SMOOTHING_CELLS),
     "members": (MEMBERS,),
+    "panel": (PANEL, PANEL_CELLS),
 }
 
 

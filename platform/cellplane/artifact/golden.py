@@ -17,6 +17,7 @@ from cellplane.artifact.folder import pack_tensors, unpack_tensors
 from cellplane.errors import IntegrityError
 
 GOLDEN = "golden.safetensors"
+ROUGH_TOLERANCE = 5e-2  # in bfloat16, whose numbers have eight bits: 0.2 to 1.3 % were seen
 TOLERANCE = 1e-3  # of the largest answer: other cores and libraries differ by 1e-6, another model by 1e-1
 CELLS = ("crow", "gene", "value", "sizes")
 ANSWER = "answer."
@@ -52,8 +53,8 @@ class Golden:
         columns = {name: getattr(self, name) for name in CELLS} | {f"{ANSWER}{name}": values for name, values in self.answers.items()}
         return {GOLDEN: pack_tensors({name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()})}
 
-    def compare(self, answers: Mapping[str, NDArray[np.float32]]) -> float:
-        """The largest difference, as a share of the largest golden answer; IntegrityError when it exceeds TOLERANCE or is not finite."""
+    def compare(self, answers: Mapping[str, NDArray[np.float32]], tolerance: float = TOLERANCE) -> float:
+        """The largest difference, as a share of the largest golden answer; IntegrityError beyond ``tolerance``, or when not finite."""
         worst = 0.0
         for name, expected in self.answers.items():
             found = answers.get(name)
@@ -61,9 +62,9 @@ class Golden:
                 shape = None if found is None else found.shape
                 raise IntegrityError(f"the model answers {name!r} with {shape}, its golden answer has {expected.shape}")
             gap = float(np.abs(found - expected).max(initial=0) / max(float(np.abs(expected).max(initial=0)), 1e-12))
-            if not gap <= TOLERANCE:
+            if not gap <= tolerance:
                 raise IntegrityError(
-                    f"the model does not give its golden answers: {name!r} differs by {gap:.2g} of its size, {TOLERANCE:g} is allowed; "
+                    f"the model does not give its golden answers: {name!r} differs by {gap:.2g} of its size, {tolerance:g} is allowed; "
                     "it was saved by other code or read wrongly"
                 )
             worst = max(worst, gap)

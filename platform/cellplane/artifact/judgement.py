@@ -23,7 +23,7 @@ from scipy.spatial.distance import cdist
 
 from cellplane.artifact.folder import JUDGEMENT, JUDGEMENT_CELLS, pack_tensors, unpack_tensors
 from cellplane.artifact.linear import Linear
-from cellplane.artifact.space import HALF_FLOAT, Space, rounded
+from cellplane.artifact.space import Space, nearest_columns, sixteen_bits
 from cellplane.cells import CellBatch
 from cellplane.errors import DataError, FileFormatError
 
@@ -62,7 +62,7 @@ class Reference:
         out = np.zeros((len(z), classes), dtype=np.float32)
         for start in range(0, len(z), CELLS_AT_A_TIME):
             part = slice(start, start + CELLS_AT_A_TIME)
-            nearest = np.argsort(cdist(z[part], self.z), axis=1, kind="stable")[:, :k]
+            nearest = nearest_columns(cdist(z[part], self.z), k)
             counted = (self.label[nearest][:, :, None] == np.arange(classes)).sum(1)
             out[part] = np.log((counted + 1 / classes) / (k + 1))
         return out
@@ -168,7 +168,7 @@ class Judgement:
         columns = {"known": self.rule.known, **_columns(self.reference, "reference")}
         columns |= {} if self.voters is None else _columns(self.voters, "voters")
         columns |= {} if self.linear is None else self.linear.columns()
-        columns |= {} if self.space is None else {"axes": self.space.axes.astype(np.float16), "mean": self.space.mean}
+        columns |= {} if self.space is None else {"axes": sixteen_bits(self.space.axes), "mean": self.space.mean}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
         return {JUDGEMENT: (json.dumps(plain, indent=1, sort_keys=True) + "\n").encode(), JUDGEMENT_CELLS: pack_tensors(tensors)}
 
@@ -217,8 +217,7 @@ class Judgement:
 
 
 def _columns(cells: Reference, name: str) -> dict[str, NDArray[Any]]:
-    kept = cells.z.astype(np.float16) if np.array_equal(rounded(cells.z), cells.z) and np.abs(cells.z).max() < HALF_FLOAT else cells.z
-    return {f"{name}.z": kept, f"{name}.label": cells.label.astype(np.int32), f"{name}.scale": cells.scale}
+    return {f"{name}.z": sixteen_bits(cells.z), f"{name}.label": cells.label.astype(np.int32), f"{name}.scale": cells.scale}
 
 
 def _reference(columns: Mapping[str, NDArray[Any]], name: str, neighbours: int) -> Reference:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cellplane.artifact.space import HALF_FLOAT, Space, rounded
+from cellplane.artifact.space import Space, sixteen_bits
 from cellplane.cells import CellBatch
 
 
@@ -47,10 +47,7 @@ class Linear:
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """What of it are tensors; axes that were rounded before they were used are kept in 16 bits."""
-        axes = self.space.axes
-        fits = np.abs(axes).max(initial=0) < HALF_FLOAT and np.array_equal(rounded(axes), axes)
-        kept = axes.astype(np.float16) if fits else axes
-        return {"linear.axes": kept, "linear.mean": self.space.mean, "linear.bias": self.bias}
+        return {"linear.axes": sixteen_bits(self.space.axes), "linear.mean": self.space.mean, "linear.bias": self.bias}
 
     @classmethod
     def of(cls, plain: Mapping[str, float], columns: Mapping[str, NDArray[Any]]) -> Linear:

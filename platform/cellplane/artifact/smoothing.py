@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 
 from cellplane.artifact.folder import SMOOTHING, SMOOTHING_CELLS, pack_tensors, unpack_tensors
-from cellplane.artifact.space import Space
+from cellplane.artifact.space import Space, nearest_columns, sixteen_bits
 from cellplane.cells import CellBatch
 from cellplane.errors import FileFormatError
 
@@ -69,7 +69,7 @@ class Smoothing:
         """The same as files of a model folder; axes in 16 bits, so they are made to be such before they are used."""
         plain = {"neighbours": self.neighbours, "steps": self.steps, "share": self.share, "total": self.space.total}
         columns = {
-            "axes": self.space.axes.astype(np.float16),
+            "axes": sixteen_bits(self.space.axes),
             "mean": self.space.mean,
             "crow": self.crow,
             "gene": self.gene.astype(np.int32),
@@ -134,7 +134,7 @@ def nearest(place: NDArray[np.float32], among: NDArray[np.float32], neighbours: 
     columns, weights = [], []
     for start in range(0, len(place), CELLS_AT_A_TIME):
         distance = cdist(place[start : start + CELLS_AT_A_TIME], among)
-        order = np.argsort(distance, axis=1, kind="stable")[:, :near]
+        order = nearest_columns(distance, near)
         known = np.take_along_axis(distance, order, axis=1)
         scale = np.maximum(known[:, [min(KERNEL_NEIGHBOUR, near - 1)]], 1e-9)
         weight = np.exp(-((known / scale) ** 2))

@@ -50,3 +50,27 @@ def rounded(values: NDArray[Any]) -> NDArray[np.float32]:
     """As they will be after saving: in 16 bits where these can hold them."""
     fits = np.abs(values).max(initial=0) < HALF_FLOAT
     return (values.astype(np.float16) if fits else values).astype(np.float32)
+
+
+def nearest_columns(distance: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    """Columns of the ``k`` smallest distances of every row [C, N], nearest first and the first ones among equals, [C, k].
+
+    What a stable sort of whole rows begins with, without sorting them.
+    """
+    if not 0 < k < distance.shape[1]:
+        return np.argsort(distance, axis=1, kind="stable")[:, :k]
+    farthest = np.partition(distance, k - 1, axis=1)[:, k - 1, None]
+    chosen = distance <= farthest
+    if chosen.sum() != k * len(distance):  # some are as far as the k-th one
+        nearer, equal = distance < farthest, distance == farthest
+        chosen = nearer | (equal & (equal.cumsum(axis=1) <= k - nearer.sum(axis=1, keepdims=True)))
+    if chosen.sum() != k * len(distance):  # NaN are neither nearer nor farther
+        return np.argsort(distance, axis=1, kind="stable")[:, :k]
+    columns = chosen.nonzero()[1].reshape(len(distance), k)
+    return np.take_along_axis(columns, np.argsort(np.take_along_axis(distance, columns, axis=1), axis=1, kind="stable"), axis=1)
+
+
+def sixteen_bits(values: NDArray[Any]) -> NDArray[Any]:
+    """How values are kept in a file: in 16 bits where they were made to be such (see `rounded`), else as they are."""
+    fits = np.abs(values).max(initial=0) < HALF_FLOAT and np.array_equal(rounded(values), values)
+    return values.astype(np.float16) if fits else values

@@ -1,7 +1,9 @@
 """What predicting whole files costs beside the network, and whether its memory grows with their cells.
 
-Predicting reads a file, aligns its genes, deals its cells to sentences, asks the network and writes a file. The bare
-network answers packs that lie ready. Cells are made for measuring; everything lies in a temporary folder.
+Predicting loads a model, reads a file, aligns its genes, deals its cells to sentences, asks the network and writes a file,
+all of which a user waits for and the gate counts. The bare network is loaded and answers packs of the same size that lie
+ready, with the same weights, type of numbers and threads, in the same process. Cells are made for measuring; everything
+lies in a temporary folder.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from cellplane.benchmark.model import conditions
 from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
-from cellplane.benchmark.sides import Side, alternate
+from cellplane.benchmark.sides import Rounds, Side, alternate
 from cellplane.config import find_config, read_yaml
 
 OURS = "cellplane.benchmark.predict_ours"
@@ -57,14 +59,22 @@ def speed(plan: PredictBenchmark) -> Iterator[Figure]:
             runs = {"bare": (side, _asked("bare", dict(packs=BARE_PACKS))), "whole": (side, whole)}
             runs["bare"][1](side)  # memory that is touched for the first time
             rounds = alternate(runs, plan.rounds)
-        slower, quiet = rounds.ratio("bare", "whole", "s_per_cell"), conditions(rounds)
-        alone, answered = (1 / rounds.median(name, "s_per_cell") for name in ("bare", "whole"))
-        figure = at_least(
-            f"predict, {model}, {plan.cells} cells", None if slower is None else 1 / slower, KEPT, "of the bare network's cells/s"
-        )
-        yield figure.because(
-            f"{alone:.4g} -> {answered:.4g} cells/s; {quiet['note']}", {**quiet["details"], "bare": alone, "whole": answered}
-        )
+        yield from _compared(f"predict, {model}, {plan.cells} cells", rounds)
+
+
+def _compared(name: str, rounds: Rounds) -> Iterator[Figure]:
+    """The gate, by the clock and with the model's loading; then without it, and by the processor, which other processes disturb less."""
+    quiet = conditions(rounds)
+    alone, answered = (1 / rounds.median(side, "s_per_cell") for side in ("bare", "whole"))
+    whole = None if (slower := rounds.ratio("bare", "whole", "s_per_cell")) is None else 1 / slower
+    details = {**quiet["details"], "bare": alone, "whole": answered}
+    yield at_least(name, whole, KEPT, "of the bare network's cells/s").because(
+        f"{alone:.4g} -> {answered:.4g} cells/s; {quiet['note']}", details
+    )
+    steady = rounds.median("bare", "s_per_cell") / rounds.median("whole", "without_loading")
+    cpu = rounds.median("bare", "cpu_s_per_cell") / rounds.median("whole", "cpu_s_per_cell")
+    yield Figure(f"{name}, model loaded", steady if rounds.foreign else None, "of the bare network's cells/s")
+    yield Figure(f"{name}, processor", cpu, "of the bare network's cells/CPU-s")
 
 
 def _asked(command: str, arguments: dict[str, Any]) -> Callable[[Side], dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import cellplane
-from cellplane.cli import annotate, data, finetune, gc, models, ops, plan, serve, train, try_, tune
+from cellplane.cli import annotate, data, diff, finetune, gc, models, ops, plan, predict, serve, train, try_, tune
 from cellplane.errors import CellplaneError
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -38,10 +38,11 @@ app.add_typer(finetune.finetune_app, name="finetune")
 app.add_typer(tune.tune_app, name="tune")
 app.add_typer(try_.try_app, name="try")
 app.add_typer(train.evaluate_app, name="evaluate")
-app.add_typer(train.predict_app, name="predict")
+app.add_typer(predict.predict_app, name="predict")
 app.command("annotate")(annotate.annotate)
 app.command("pretrain")(train.pretrain)
 app.command("plan")(plan.plan)
+app.command("diff")(diff.diff)
 app.command("serve")(serve.serve)
 app.command("demo")(ops.demo)
 app.command("doctor")(ops.doctor)

@@ -153,3 +153,32 @@ def import_(
     model = official_model(directory, prefix, "grid" if positions == "grid" else "none")
     save_model(replace(model, card=model_card(model)), out)
     answer({"model": out, "genes": len(model.vocabulary), "model_sha256": verify_model(out)["model_sha256"]}, as_json)
+
+
+@app.command("panel")
+def panel(
+    model: Annotated[str, typer.Argument(help="Model folder or models:/NAME@ALIAS, of an annotator or a base.")],
+    data: Annotated[Path, typer.Argument(help="h5ad of training cells.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    cells: Annotated[int, typer.Option("--cells", min=1, help="How many, at most half of the model's largest sentence.")] = 128,
+    real_cells: Annotated[bool, typer.Option("--real-cells", help="Real training cells instead of averages; the card says so.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Give a model reference cells of its own, so that a lone cell can be read in company (`context: panel`)."""
+    from cellplane.artifact.folder import load_model, save_model, verify_model
+    from cellplane.artifact.panel import Panel
+    from cellplane.config import home
+    from cellplane.data.config import DataKeys
+    from cellplane.data.sources import read_h5ad
+    from cellplane.pipelines.config import PanelConfig
+    from cellplane.pipelines.panel import with_panel
+    from cellplane.tracking.registry import resolve_model
+
+    use_running_stack()
+    folder = load_model(resolve_model(model, None, home() / "cache").path)
+    keys = DataKeys.model_validate_json(folder.lineage.get("keys", "{}"))
+    config = PanelConfig(cells=cells, origin="cells" if real_cells else "centroids")
+    found = with_panel(folder, read_h5ad(data), keys, config)
+    save_model(found, out)
+    made = Panel.of(found.attachments)
+    answer({"model": out, "panel": made.told if made else "none", "model_sha256": verify_model(out)["model_sha256"]}, as_json)

@@ -1,4 +1,4 @@
-"""`cellplane pretrain | evaluate | predict`: everything that runs a model over cells; fine-tuning has a file of its own."""
+"""`cellplane pretrain | evaluate`: training on shards, and scores; fine-tuning and predicting have files of their own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, p
 from cellplane.cli.protocols import protocol_run
 
 evaluate_app = typer.Typer(help="Score a model beside its baselines.", no_args_is_help=True)
-Inputs = Annotated[list[Path] | None, typer.Argument(help="h5ad files.")]
-AskedModel = Annotated[str | None, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")]
-Answers = Annotated[Path | None, typer.Option("--out", help="Folder of the answers.")]
-
-predict_app = typer.Typer(help="Ask a model about the cells of h5ad files.", no_args_is_help=True)
 
 
 def pretrain(
@@ -174,101 +169,3 @@ def evaluate_pretraining(
     gains = [[name, *(f"{gain[part]:.4f}" for part in ("mean", "low", "high"))] for name, gain in result["gains"].items()]
     table(["gain, nats per hidden value", "mean", "2.5 %", "97.5 %"], gains)
     answer({name: result[name] for name in ("sentences", "cells", "hidden_values", "out")}, False)
-
-
-@predict_app.command("annotate")
-def predict_annotate(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Name the cell type of every cell."""
-    _predict(config, [*given({"task": "annotate", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
-
-
-@predict_app.command("embed")
-def predict_embed(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Embed every cell: obsm["X_cellplm"]."""
-    _predict(config, [*given({"task": "embed", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
-
-
-@predict_app.command("denoise")
-def predict_denoise(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Expected counts of every cell: layers["cellplm_denoised"], rates per 10,000."""
-    _predict(config, [*given({"task": "denoise", "inputs": inputs, "model": model, "out": out}), *(override or [])], as_json)
-
-
-@predict_app.command("impute")
-def predict_impute(
-    inputs: Annotated[list[Path], typer.Argument(help="h5ad files of spatial cells.")],
-    model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the answers.")],
-    as_json: Json = False,
-) -> None:
-    """Genes that the cells lack: one h5ad of cells x imputed genes for each input."""
-    _predict_new("impute", (inputs, model, out), None, as_json)
-
-
-@predict_app.command("perturb")
-def predict_perturb(
-    inputs: Annotated[list[Path], typer.Argument(help="h5ad files of control cells.")],
-    model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the answers.")],
-    perturbation: Annotated[list[str] | None, typer.Option("--perturbation", help="Its name; may be repeated. None: all learned.")] = None,
-    as_json: Json = False,
-) -> None:
-    """What the cells become: one h5ad of perturbations x genes for each input."""
-    _predict_new("perturb", (inputs, model, out), perturbation, as_json)
-
-
-def _predict_new(task: str, what: tuple[list[Path], str, Path], perturbations: list[str] | None, as_json: bool) -> None:
-    from cellplane.pipelines.prediction import predict_new
-
-    use_running_stack()
-    inputs, model, out = what
-    report = predict_new(task, model, (inputs, out), perturbations)
-    answer({"written": ", ".join(map(str, report.written)) or "nothing new", "reused": len(report.reused)}, as_json)
-
-
-def _predict(config: str | None, overrides: list[str], as_json: bool) -> None:
-    result, failed = predict_run(config, overrides)
-    answer(result, as_json)
-    if failed:
-        from cellplane.errors import DataError
-
-        reasons = "; ".join(reason if reason.startswith(name) else f"{name}: {reason}" for name, reason in failed.items())
-        rest = ", the others are complete" if result["new"] or result["reused"] else ""
-        raise DataError(f"{len(failed)} of the files could not be done{rest}: {reasons}")
-
-
-def predict_run(config: str | None, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Loads the configuration and predicts on whatever Ray there is; what to print, and what failed."""
-    from cellplane.batch import PredictConfig, check_predict, predict_files
-    from cellplane.cluster import local_ray
-    from cellplane.config import load_config
-
-    use_running_stack()
-    loaded = load_config(PredictConfig, config, "predict", overrides)
-    check_predict(loaded)  # before a cluster is started for nothing
-    with local_ray(log_to_driver=False):
-        report = predict_files(loaded)
-    files = ", ".join(str(path) for path in report.written)
-    result = {"written": files or "nothing new", "new": len(report.written), "reused": len(report.reused), "cells": report.cells}
-    return result, report.failed

@@ -6,6 +6,7 @@ anndata 0.8 keep their tables in another form; `takes_answers` tells, and they a
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ def answered_copy(source: Path, target: Path) -> Iterator[Answers]:
     The copy is made beside what the block does, which waits for it when it adds something.
     """
     with atomic_file(target) as temporary, ExitStack() as stack:
-        copying = stack.enter_context(ThreadPoolExecutor(1)).submit(shutil.copyfile, source, temporary)
+        copying = stack.enter_context(ThreadPoolExecutor(1)).submit(_copy, source, temporary)
 
         def open_copy() -> h5py.File:
             copying.result()
@@ -97,3 +98,10 @@ def answered_copy(source: Path, target: Path) -> Iterator[Answers]:
         stack.enter_context(quiet())
         yield Answers(open_copy)
         copying.result()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy on the disk: what is added later is little, and nobody waits long for it to be written."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,8 +1,9 @@
 """In whose company a model reads the cells it is asked about: the sentences of an answer (PROTOCOLS 2).
 
 own: the cells asked about, each sample in sentences of its own. section: the same, but every sentence a patch of tissue.
-self: every cell alone. Another data set: its cells join the sentences as read-only tokens, with their counts and places
-and nothing else. Everything is deterministic, and what was done is told in one line, for `uns["cellplm"]["context"]`.
+self: every cell alone. panel: as own, with the model's own reference cells in every sentence. Another data set: its cells
+join the sentences as read-only tokens, with their counts and places and nothing else. Everything is deterministic, and what
+was done is told in one line, for `uns["cellplm"]["context"]`.
 """
 
 # C cells
@@ -25,7 +26,7 @@ from cellplane.data.sentences import CellTable, MemoryStore, memory_store
 from cellplane.errors import ConfigError, DataError
 from cellplane.seeds import keyed_seed
 
-Context = Literal["own", "section", "self"]
+Context = Literal["own", "section", "self", "panel"]
 READ_ONLY = -1  # the `row` of a cell that nobody asked about
 
 
@@ -44,6 +45,11 @@ class SharedStore:
     def table(self) -> CellTable:
         """The cells asked about."""
         return self.asked
+
+    @property
+    def n_asked(self) -> int:
+        """Cells that are answered."""
+        return self.asked.n_cells
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -118,6 +124,7 @@ def self_store(table: CellTable, max_cells: int) -> MemoryStore:  # noqa: ARG001
 
 
 CONTEXTS: dict[str, Callable[[CellTable, int], MemoryStore]] = {"own": own_store, "section": section_store, "self": self_store}
+PANEL_TOLD = "panel: sentences of at most {} cells of one batch and the model's {} reference cells"
 TOLD = {
     "own": "own: sentences of at most {} cells of one batch, dealt by seed 0",
     "section": "section: patches of at most {} neighbouring cells of one batch",
@@ -128,8 +135,26 @@ TOLD = {
 def store_in(context: str, table: CellTable, max_cells: int) -> tuple[MemoryStore, str]:
     """The cells in this context, and what to record of it; ConfigError for a name that is none."""
     if context not in CONTEXTS:
-        raise ConfigError(f"no context {context!r}; there are {', '.join(CONTEXTS)}, or give an AnnData whose cells to read beside")
+        raise ConfigError(
+            f"no context {context!r}; there are {', '.join((*CONTEXTS, 'panel'))}, or give an AnnData whose cells to read beside"
+        )
     return CONTEXTS[context](table, max_cells), TOLD[context].format(max_cells)
+
+
+def store_with_panel(
+    table: CellTable, panel: CellTable, max_cells: int, sentences: Sequence[NDArray[np.int64]] | None = None
+) -> tuple[SharedStore, str]:
+    """The cells with the whole panel in each of their sentences, and what to record of it.
+
+    ``sentences`` are rows of the table; None: each sample in sentences of its own, as long as the panel leaves room. So a
+    cell is answered alike whoever else is asked about in other sentences. ConfigError when the panel leaves no room.
+    """
+    if (room := max_cells - panel.n_cells) < 1:
+        raise ConfigError(f"the model's panel of {panel.n_cells} cells leaves no room in a sentence of {max_cells}")
+    asked = own_store(table, room).sentences if sentences is None else sentences
+    everybody = table.n_cells + np.arange(panel.n_cells, dtype=np.int64)
+    store = SharedStore(table, panel, [np.concatenate([rows, everybody]) for rows in asked])
+    return store, PANEL_TOLD.format(room, panel.n_cells)
 
 
 def store_beside(table: CellTable, others: CellTable, max_cells: int) -> tuple[SharedStore, str]:

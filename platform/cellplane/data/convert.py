@@ -30,7 +30,7 @@ from cellplane import config as configuration
 from cellplane import errors
 from cellplane.data.config import ConvertConfig
 from cellplane.data.encode import NotWholeError
-from cellplane.data.files import atomic_file, fault, free_bytes, storage_errors, sync_folder
+from cellplane.data.files import atomic_file, fault, free_bytes, leaves_nothing, storage_errors, sync_folder
 from cellplane.data.manifest import (
     MANIFEST,
     DatasetEntry,
@@ -101,7 +101,7 @@ def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[
     """`convert` with any way to ``run`` the tasks: texts of tasks in, texts of results (see `work.write_part`) out."""
     started = time.perf_counter()
     out = Path(config.out).absolute()
-    with _locked(out):
+    with leaves_nothing(out, lambda: _has_begun(out)), _locked(out):
         known = _keep_descriptors(out)
         real: frozenset[str] = frozenset()
         while True:
@@ -119,6 +119,11 @@ def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[
     reused = sum(shard.reused for shard in shards)
     progress(f"{len(shards) - reused} new, {reused} reused")
     return _report(out, manifest, len(shards) - reused, time.perf_counter() - started)
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether a folder holds anything but the lock and the empty staging folder."""
+    return any(path.name not in (LOCK, STAGING) for path in out.glob("*")) or any((out / STAGING).glob("*"))
 
 
 class _RealValues(Exception):

@@ -116,9 +116,9 @@ def describe(matrix: sp.csr_matrix, place: str, first: int = 0) -> str | None:
 
 
 def _exact_counts(data: NDArray[Any]) -> bool:
-    with np.errstate(invalid="ignore"):  # what does not fit an integer comes back changed, and is told apart later
-        whole = data.astype(np.uint32)
-    return bool((whole == data).all()) and int(whole.max()) <= MAX_EXACT_COUNT
+    if not (data.min() >= 0 and data.max() <= MAX_EXACT_COUNT):  # false for NaN too
+        return False
+    return data.dtype.kind in "iu" or bool((np.rint(data) == data).all())
 
 
 def _position(matrix: sp.csr_matrix, where: NDArray[np.bool_], first: int) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
 
-from cellplane.errors import StorageError
+from cellplane.errors import ConfigError, DataError, StorageError
 
 NO_SPACE = (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
 NO_PERMISSION = (13, 30, 1)  # EACCES, EROFS, EPERM
@@ -53,6 +54,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def gone_if_empty(folder: Path) -> Iterator[None]:
+    """The folder and those above it go again when the block made them and left them empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                if path.exists():
+                    path.rmdir()
+
+
+@contextmanager
+def leaves_nothing(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
+    """A folder that the block made goes again, whatever is in it, when inputs or settings are refused before the work ``began``."""
+    made = not folder.exists()
+    with gone_if_empty(folder):
+        try:
+            yield
+        except (ConfigError, DataError):
+            if made and folder.exists() and not began():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def fault(point: str) -> None:

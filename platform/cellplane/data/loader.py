@@ -12,7 +12,6 @@ import hashlib
 import platform
 import queue
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -28,6 +27,7 @@ from torch.utils.dlpack import from_dlpack
 
 from cellplane.cells import CellBatch
 from cellplane.config import home
+from cellplane.data.buffers import Buffers
 from cellplane.data.sentences import SentenceWeights, draw_weights
 from cellplane.data.shards import Block, Manifest, RawBlock, ShardEntry, ShardReader, check_shard, read_manifest, read_vocabulary
 from cellplane.errors import DataError, IntegrityError
@@ -35,8 +35,6 @@ from cellplane.genes import GeneVocabulary
 
 ItemT = TypeVar("ItemT")
 PREFETCHED = 2
-MAX_IDLE = 16  # buffers of each type that wait to be used again, beside those of batches that are in use
-SPARE = 1.25  # a little larger than asked for, so that the next batch fits too
 REMEMBERED_S = 86_400.0  # a node checks a shard again after a day: disks rot
 
 PER_CELL = ("dataset_index", "batch_index", "platform_index", "labels", "row")
@@ -61,7 +59,7 @@ class ShardStore:
         self.panels = torch.from_numpy(self.manifest.panels())
         self._start_of = [0, *accumulate(entry.cells for entry in self.manifest.datasets)]  # row of a data set's first cell
         self._sizes = np.array([row.cells for row in self.manifest.sentences], dtype=np.int64)
-        self._genes, self._values = _Buffers(np.int64), _Buffers(np.float32)
+        self._genes, self._values = Buffers(np.int64), Buffers(np.float32)
         self._reading = threading.Lock()
 
     def _open(self, entry: ShardEntry, promised: int) -> ShardReader:
@@ -199,37 +197,6 @@ def _boot() -> str:
     """A name of this start of the machine."""
     identifier = Path("/proc/sys/kernel/random/boot_id")
     return identifier.read_text().strip() if identifier.is_file() else "boot"
-
-
-class _Buffers:
-    """Arrays of one type that are handed out again once nothing refers to them any more."""
-
-    def __init__(self, dtype: type[np.generic]) -> None:
-        self._dtype, self._lock = dtype, threading.Lock()
-        self._arrays: list[NDArray[Any]] = []
-
-    def take(self, size: int) -> NDArray[Any]:
-        """An array [size] with arbitrary content."""
-        with self._lock:
-            fitting = next((index for index in reversed(range(len(self._arrays))) if self._is_idle(index, size)), None)
-            if fitting is None:
-                self._arrays.append(np.empty(int(size * SPARE), dtype=self._dtype))
-            else:
-                self._arrays.append(self._arrays.pop(fitting))  # the last one taken is looked at first: it is still in the cache
-            taken = self._arrays[-1][:size]
-            if fitting is None or len(self._arrays) > MAX_IDLE:
-                self._forget(1 if fitting is None else 0)
-            return taken
-
-    def _forget(self, at_least: int) -> None:
-        """Drops the smallest idle arrays: those beyond MAX_IDLE, and one for a new one, as it was too small."""
-        idle = sorted((index for index in range(len(self._arrays)) if self._is_idle(index)), key=lambda index: len(self._arrays[index]))
-        surplus = idle[: max(at_least, len(idle) - MAX_IDLE)]
-        self._arrays = [array for index, array in enumerate(self._arrays) if index not in surplus]
-
-    def _is_idle(self, index: int, size: int = 0) -> bool:
-        # referred to by the list and by the call alone: no tensor or view of it lives
-        return sys.getrefcount(self._arrays[index]) <= 2 and len(self._arrays[index]) >= size
 
 
 def prefetch(items: Iterable[ItemT], ahead: int = PREFETCHED) -> Generator[ItemT, None, None]:

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cellplane.data.buffers import Buffers
 from cellplane.data.counts import canonical, check_structure
 from cellplane.data.files import atomic_file, storage_errors
 from cellplane.errors import IntegrityError
@@ -26,7 +27,7 @@ CSC_IN_MEMORY_BYTES = 64 * 1024**2  # a smaller CSC matrix is simply loaded
 
 
 class RawRows(NamedTuple):
-    """Rows as they are stored: CSR from 0, entries in the file's order. Valid until more rows are read: buffers are used again."""
+    """Rows as they are stored: CSR from 0, entries in the file's order. Not to be written into: they may lie in a matrix in memory."""
 
     indptr: NDArray[np.int64]
     indices: NDArray[Any]
@@ -37,7 +38,7 @@ class RawRows(NamedTuple):
         shape = (len(self.indptr) - 1, n_columns)
         check_structure(self.indptr, self.indices, shape, place)
         data = self.data.astype(np.float32) if self.data.dtype == np.float16 else self.data  # SciPy knows no halves
-        return canonical(sp.csr_matrix((data, self.indices, self.indptr), shape=shape, copy=True), place)
+        return canonical(sp.csr_matrix((data, self.indices, self.indptr), shape=shape, copy=False), place)
 
 
 class StoredMatrix(Protocol):
@@ -116,7 +117,7 @@ class _Csr:
         self.shape, self.layout, self._place = (int(shape[0]), int(shape[1])), "csr", place
         self._arrays = arrays
         self.dtype, self.index_dtype = np.dtype(arrays.data.dtype), np.dtype(arrays.indices.dtype)
-        self._buffers: dict[str, NDArray[Any]] = {}
+        self._buffers = {name: Buffers(getattr(arrays, name).dtype.newbyteorder("=")) for name in ("indices", "data")}
         self._entries = int(arrays.indices.shape[0])
         if int(arrays.indptr.shape[0]) != self.shape[0] + 1:
             raise IntegrityError(f"{place} is a corrupt sparse matrix: {arrays.indptr.shape[0] - 1} row starts for {shape[0]} rows")
@@ -145,12 +146,10 @@ class _Csr:
         stored = getattr(self._arrays, name)
         if not hasattr(stored, "read_direct"):
             return np.asarray(stored[low:high])
-        held = self._buffers.get(name)
-        if held is None or len(held) < high - low:
-            held = self._buffers[name] = np.empty(high - low + (high - low) // 8, dtype=stored.dtype.newbyteorder("="))
+        held = self._buffers[name].take(high - low)
         if high > low:
-            stored.read_direct(held[: high - low], np.s_[low:high])
-        return held[: high - low]
+            stored.read_direct(held, np.s_[low:high])
+        return held
 
 
 def _cut(starts: NDArray[np.int64], first: int, budget: int) -> list[int]:

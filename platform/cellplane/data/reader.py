@@ -204,7 +204,7 @@ class CellReader:
             return matrix.read(start, stop).matrix(matrix.shape[1], place)
 
     def parts(self, place: str, start: int, stop: int) -> Iterator[tuple[int, RawRows]]:
-        """(first row, rows as they are stored) of these rows, some tens of MB at a time; each is valid until the next."""
+        """(first row, rows as they are stored) of these rows, some tens of MB at a time."""
         matrix = self.matrix(place)
         with readable(self.path):
             cuts = matrix.cuts(start, stop)

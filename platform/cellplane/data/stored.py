@@ -1,7 +1,7 @@
 """A file's cells as a CellTable whose entries stay on disk, and rows of numbers that go there: memory does not grow with cells.
 
-The counts are read once, range by range, and laid down over the vocabulary's genes, eight bytes an entry, in files without
-a name that vanish with the process. A sentence then reads its own rows. What stays in memory is some tens of bytes a cell.
+The counts are read once, range by range, and laid down over the vocabulary's genes, four bytes an entry, in a file without
+a name that vanishes with the process. A sentence then reads its own rows. What stays in memory is some tens of bytes a cell.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import itertools
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import DTypeLike, NDArray
 
+from cellplane.data.buffers import Buffers
 from cellplane.data.columns import as_names, complete
 from cellplane.data.config import DataKeys
+from cellplane.data.counts import MAX_EXACT_COUNT
 from cellplane.data.files import storage_errors
 from cellplane.data.gene_mapping import GeneRules
 from cellplane.data.loader import prefetch
@@ -32,6 +35,7 @@ from cellplane.data.sentences import CellTable
 from cellplane.genes import GeneAlignment, GeneVocabulary
 
 WRITE_BYTES = 1 << 30  # of one system call, which writes 2 GiB at most
+PIECE_BYTES, CALL_BYTES = 1 << 24, 1 << 13  # copying up to 8 KiB takes no longer than one more system call
 
 
 class DiskRows:
@@ -48,10 +52,18 @@ class DiskRows:
         return self.shape[0]
 
     def __setitem__(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Writes ``values`` [r, width] into these rows."""
+        """Writes ``values`` [r, width] into these rows; narrow ones that lie near one another in one piece, with what lies between."""
         block = np.ascontiguousarray(values, dtype=self.dtype)
-        for first, low, high in _runs(rows):
-            self._write(_bytes(block[low:high]), first * self.row_bytes)
+        first = int(rows.min()) if len(rows) else 0
+        between = int(rows.max()) + 1 - first if len(rows) else 0
+        if len(rows) < 2 or between * self.row_bytes > min(PIECE_BYTES, len(rows) * CALL_BYTES):
+            for row, low, high in _runs(rows):
+                self._write(_bytes(block[low:high]), row * self.row_bytes)
+            return
+        piece = np.empty((between, *self.shape[1:]), dtype=self.dtype)
+        self.read(first, piece)
+        piece[rows - first] = block
+        self._write(_bytes(piece), first * self.row_bytes)
 
     def append(self, values: NDArray[Any], at: int) -> None:
         """Writes rows from number ``at`` on."""
@@ -97,10 +109,72 @@ def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """CSR entries on disk: ``pairs`` [nnz, 2] of gene and count, in 16 bits each where the vocabulary allows it.
+
+    Counts that 16 bits do not hold lie in memory: ``large`` [m] where they are, ascending, and ``counts`` [m] float32.
+    """
+
+    pairs: DiskRows
+    large: NDArray[np.int64]
+    counts: NDArray[np.float32]
+
+    @cached_property
+    def _buffers(self) -> tuple[Buffers, Buffers, Buffers]:
+        return Buffers(self.pairs.dtype), Buffers(np.int64), Buffers(np.float32)
+
+    def read(self, stretches: Sequence[tuple[int, int]], total: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Genes and counts of these stretches (from, to), laid end to end, [total] each."""
+        raw, gene, value = (buffers.take(size) for buffers, size in zip(self._buffers, (2 * total, total, total), strict=True))
+        pairs, at = raw.reshape(-1, 2), 0
+        for low, high in stretches:
+            self.pairs.read(low, pairs[at : at + high - low])
+            at += high - low
+        np.copyto(gene, pairs[:, 0])
+        np.copyto(value, pairs[:, 1])
+        if len(self.large):
+            self._put_large(stretches, value)
+        return gene, value
+
+    def _put_large(self, stretches: Sequence[tuple[int, int]], value: NDArray[np.float32]) -> None:
+        at = 0
+        for low, high in stretches:
+            own = slice(*np.searchsorted(self.large, (low, high)))
+            value[at - low + self.large[own]] = self.counts[own]
+            at += high - low
+
+
+class _Laying:
+    """Entries being laid down, block by block."""
+
+    def __init__(self, n_genes: int, folder: Path) -> None:
+        self._pairs = DiskRows((0, 2), np.uint16 if n_genes <= 1 << 16 else np.uint32, folder)
+        self._large: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        self._at = 0
+
+    def append(self, gene: NDArray[np.integer], count: NDArray[np.float32]) -> None:
+        """Further entries; counts are whole, none above MAX_EXACT_COUNT."""
+        pairs = np.empty((len(gene), 2), dtype=self._pairs.dtype)
+        np.copyto(pairs[:, 0], gene, casting="unsafe")
+        np.copyto(pairs[:, 1], count, casting="unsafe")
+        self._pairs.append(pairs, self._at)
+        if len(count) and count.max() > np.iinfo(pairs.dtype).max:
+            large = np.flatnonzero(count > np.iinfo(pairs.dtype).max)
+            self._large.append((large + self._at, count[large]))
+        self._at += len(gene)
+
+    def done(self) -> Entries:
+        """All of them."""
+        large = np.concatenate([np.zeros(0, dtype=np.int64), *(at for at, _ in self._large)])
+        counts = np.concatenate([np.zeros(0, dtype=np.float32), *(count for _, count in self._large)])
+        return Entries(self._pairs, large, counts)
+
+
+@dataclass(frozen=True)
 class StoredTable(CellTable):
     """A CellTable that reads the rows it is asked for: ``gene`` and ``value`` are empty, ``sums`` [n] the cells' totals."""
 
-    entries: tuple[DiskRows, DiskRows] | None = None
+    entries: Entries | None = None
     sums: NDArray[np.float64] | None = None
 
     def totals(self) -> NDArray[np.float64]:
@@ -113,14 +187,11 @@ class StoredTable(CellTable):
         assert self.entries is not None
         lengths = np.diff(self.crow)[rows]
         crow = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        gene, value = (np.empty(int(crow[-1]), dtype=part.dtype) for part in self.entries)
-        for first, low, high in _runs(rows):
-            part = slice(int(crow[low]), int(crow[high]))
-            for disk, out in zip(self.entries, (gene, value), strict=True):
-                disk.read(int(self.crow[first]), out[part])
+        stretches = [(int(self.crow[first]), int(self.crow[first + high - low])) for first, low, high in _runs(rows)]
+        gene, value = self.entries.read(stretches, int(crow[-1]))
         names = ("batch", "coordinates", "empty")
         optional = {name: column[rows] for name in names if (column := getattr(self, name)) is not None}
-        return CellTable(crow=crow, gene=gene.astype(np.int64), value=value, panel=self.panel, **optional)
+        return CellTable(crow=crow, gene=gene, value=value, panel=self.panel, **optional)
 
 
 @dataclass(frozen=True)
@@ -185,23 +256,31 @@ class _Laid:
     crow: NDArray[np.int64]
     empty: NDArray[np.bool_]
     sums: NDArray[np.float64]
-    entries: tuple[DiskRows, DiskRows]
+    entries: Entries
     deviation: float
 
 
 def _lay_down(parts: Iterable[tuple[int, sp.csr_matrix, float]], alignment: GeneAlignment, n_cells: int, folder: Path) -> _Laid:
-    genes, values = (DiskRows((0,), kind, folder) for kind in (np.int32, np.float32))
+    entries, deviation = _Laying(alignment.n_vocabulary, folder), 0.0
     lengths, sums = np.zeros(n_cells + 1, dtype=np.int64), np.zeros(n_cells)
     empty = np.zeros(n_cells, dtype=bool)
-    at, deviation = 0, 0.0
     for row, matrix, off in parts:
         rows = to_vocabulary(matrix, alignment)
         there = slice(row, row + rows.shape[0])
         lengths[there.start + 1 : there.stop + 1] = np.diff(rows.indptr)
         empty[there] = np.diff(matrix.indptr) == 0
-        value = rows.data.astype(np.float32, copy=False)
-        sums[there] = rows @ np.ones(rows.shape[1])
-        genes.append(rows.indices, at)
-        values.append(value, at)
-        at, deviation = at + len(value), max(deviation, off)
-    return _Laid(np.cumsum(lengths), empty, sums, (genes, values), deviation)
+        sums[there] = _sums(rows)
+        entries.append(rows.indices, rows.data.astype(np.float32, copy=False))
+        deviation = max(deviation, off)
+    return _Laid(np.cumsum(lengths), empty, sums, entries.done(), deviation)
+
+
+def _sums(rows: sp.csr_matrix) -> NDArray[np.float64]:
+    """Sum of each row of counts, [n]."""
+    filled, sums = np.flatnonzero(np.diff(rows.indptr)), np.zeros(rows.shape[0])
+    if len(filled) == 0:
+        return sums
+    quick = np.add.reduceat(rows.data, rows.indptr[filled]) if rows.dtype == np.float32 else np.full(1, np.inf)
+    exact = quick.max() < MAX_EXACT_COUNT  # then nothing was rounded on the way either
+    sums[filled] = quick if exact else np.add.reduceat(rows.data, rows.indptr[filled], dtype=np.float64)
+    return sums

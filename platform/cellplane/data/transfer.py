@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cellplane.cells import CellBatch
-from cellplane.data.loader import SPARE, ShardStore, prefetch
+from cellplane.data.buffers import SPARE
+from cellplane.data.loader import ShardStore, prefetch
 from cellplane.data.sentences import MicroBatch
 from cellplane.data.shards import RawBlock
 

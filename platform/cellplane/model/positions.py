@@ -28,7 +28,7 @@ class ContinuousPositions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.missing_D = nn.Parameter(torch.zeros(width))
-        self.register_buffer("frequency", 10_000 ** (-torch.arange(width // 4) / (width // 4)), persistent=False)
+        self.register_buffer("frequency", _frequencies(width), persistent=False)
 
     def forward(self, batch: CellBatch) -> Tensor:
         """[C, D]."""
@@ -54,7 +54,7 @@ class GridPositions(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.missing_D = nn.Parameter(torch.randn(width) * 0.01)  # as released
-        self.register_buffer("frequency", 10_000 ** (-torch.arange(width // 4) / (width // 4)), persistent=False)
+        self.register_buffer("frequency", _frequencies(width), persistent=False)
 
     def forward(self, batch: CellBatch) -> Tensor:
         """[C, D]."""
@@ -66,6 +66,12 @@ class GridPositions(nn.Module):
         """Sines and cosines of bins (x, y), [C, D] float32."""
         angle = bins_C2.flip(1)[:, :, None] * self.frequency
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def _frequencies(width: int) -> Tensor:
+    """Geometric from 1 to 1 / 10,000, [D / 4]; on the CPU even while a network without memory is built."""
+    frequencies: Tensor = 10_000 ** (-torch.arange(width // 4, device="cpu") / (width // 4))
+    return frequencies
 
 
 POSITIONS: dict[str, Callable[[int], nn.Module | None]] = {

@@ -50,6 +50,7 @@ from cellplane.train.objective import MaskedObjective
 log = logging.getLogger(__name__)
 
 LABEL_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__}  # from the text that a model keeps
+Split = tuple[MemoryStore, MemoryStore]  # training and validation cells
 TRANSFERRED = ("embedder.", "encoder.")  # what a fine-tuned model takes over from its base
 
 
@@ -120,7 +121,8 @@ class CellTypeAnnotationPipeline(Estimator):
         stores = self._split(table)
         network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
-        others = [] if self._votes else [self._member(number, start, table, sizes) for number in range(1, self.config.members)]
+        common = stores if self.config.unknown.reject else None
+        others = [self._member(number, start, (table, common), sizes) for number in range(1, 1 if self._votes else self.config.members)]
         self.history_ = best.history
         folder = ModelFolder(
             config=network.config,
@@ -131,8 +133,9 @@ class CellTypeAnnotationPipeline(Estimator):
             classes=classes,
             lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
         )
-        folder = judged(folder, stores, self.config)  # by the first member: the others have learned from its validation cells
-        self.folder_ = replace(folder, attachments={**folder.attachments, **pack_members(others)})
+        members = pack_members(others)
+        answering = folder if common is None else replace(folder, attachments=members)  # else the others know the validation cells
+        self.folder_ = replace(folder, attachments={**judged(answering, stores, self.config).attachments, **members})
         self.adopt(self.folder_)
         return self
 
@@ -155,12 +158,21 @@ class CellTypeAnnotationPipeline(Estimator):
         """
         annotation, read = self._annotate(data, config, context)
         if key_added is not None:
-            write_flags(data, read.store.table, key_added)
-            write_annotation(data, annotation, key_added)
-            data.uns["cellplm"] = record(self._fitted().folder, read.report)
+            self._write(data, annotation, read, key_added)
         typed: NDArray[np.object_] = np.empty(len(annotation.labels), dtype=object)
         typed[:] = [self._label(text) for text in annotation.labels]
         return typed
+
+    def annotate(self, data: AnnData, key_added: str = "cellplm") -> CellTable:
+        """Writes into ``data`` what `predict` does with this key; returns its cells as they were read, over the model's genes."""
+        annotation, read = self._annotate(data, None, "own")
+        self._write(data, annotation, read, key_added)
+        return read.store.table
+
+    def _write(self, data: AnnData, annotation: Annotation, read: Read, key_added: str) -> None:
+        write_flags(data, read.store.table, key_added)
+        write_annotation(data, annotation, key_added)
+        data.uns["cellplm"] = record(self._fitted().folder, read.report)
 
     def predict_proba(
         self, data: AnnData, config: Mapping[str, Any] | None = None, *, context: Context | AnnData = "own"
@@ -198,14 +210,15 @@ class CellTypeAnnotationPipeline(Estimator):
         predictor = self._fitted()
         keys = self.config.keys if config is None else as_config(AnnotationConfig, config, self.config).keys
         judgement = asked_judgement(predictor.judgement, config, predictor.folder.classes)
-        read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells, context=context)
+        company = predictor.company(context)
+        read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells, context=company)
         return predictor.annotate(read.store, judgement), read
 
     @property
     def _votes(self) -> bool:
         return self.config.method == "neighbours"
 
-    def _split(self, table: CellTable) -> tuple[MemoryStore, MemoryStore]:
+    def _split(self, table: CellTable) -> Split:
         """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
         assert table.labels is not None
         kept, held_out = stratified_split(table.labels, self.config.validation_share, self.config.seed)
@@ -224,11 +237,17 @@ class CellTypeAnnotationPipeline(Estimator):
             begin_at_components(network, table, self.config.components, self.config.seed)
         return network
 
-    def _member(self, number: int, start: ModelFolder | None, table: CellTable, sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Weights of another network of this recipe, from another seed and with validation cells of its own; not resumable."""
+    def _member(
+        self, number: int, start: ModelFolder | None, cells: tuple[CellTable, Split | None], sizes: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Weights of another network of this recipe, from another seed and with validation cells of its own, or the common split.
+
+        It is not resumable.
+        """
         seed = keyed_seed(self.config.seed, "member", number) % 2**31
         other = CellTypeAnnotationPipeline(start, self.config.model_copy(update={"seed": seed}))
-        stores = other._split(table)
+        table, common = cells
+        stores = other._split(table) if common is None else common
         network = other._begun(start, stores[0].table, sizes)
         best = other._learn(network, stores, Course())
         return {**network.cpu().state_dict(), **best.weights}
@@ -243,7 +262,7 @@ class CellTypeAnnotationPipeline(Estimator):
             take_over(network, start, TRANSFERRED)
         return network
 
-    def _learn(self, network: CellPLM, stores: tuple[MemoryStore, MemoryStore], course: Course) -> Best:
+    def _learn(self, network: CellPLM, stores: Split, course: Course) -> Best:
         config, (training, validation) = self.config, stores
         plan = StepPlan(training.sizes, PlanConfig(seed=config.seed, cells_per_micro_batch=config.max_cells, micro_batches_per_step=1))
         if config.transfer.learn == "head":
@@ -252,7 +271,7 @@ class CellTypeAnnotationPipeline(Estimator):
         seen = ValidationCells(network, validation.read(range(len(validation.sizes))))
         return finetune(network, objective, plan, config, seen, course)
 
-    def _probe(self, network: CellPLM, stores: tuple[MemoryStore, MemoryStore], plan: StepPlan, course: Course) -> Best:
+    def _probe(self, network: CellPLM, stores: Split, plan: StepPlan, course: Course) -> Best:
         """Only the projection and the head, on what the frozen encoder says of the cells."""
         training, validation = map(without_counts, stores)
         probe = Probe(network, stacked(network, stores, device_named(self.config.device)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.dummy import DummyClassifier
@@ -24,6 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from cellplane.artifact.space import Space
+from cellplane.data.sentences import CellTable
 from cellplane.errors import DataError
 from cellplane.pipelines.metrics import annotation_scores
 from cellplane.pipelines.splits import random_splits
@@ -93,6 +95,14 @@ def fit_logistic_regression(counts: Any, labels: NDArray[Any], seed: int) -> Any
     """The best of all scalings x ``STRENGTHS`` by inner cross-validation, refitted on all training cells."""
     candidates = [_logistic_on(scaling, strength) for scaling in SCALINGS.values() for strength in STRENGTHS]
     return _best(candidates, counts, labels, seed)
+
+
+def table_logs(table: CellTable, total: float, dtype: DTypeLike = np.float32) -> Any:
+    """log1p of a table's counts [C, G], each cell's first scaled to the total unless that is 0; computed in ``dtype``, CSR float64."""
+    genes = len(table.panel)
+    plain = Space(np.zeros((genes, 0), np.float32), np.zeros(genes, np.float32), total)
+    values = plain.scaled(table.crow, table.value.astype(dtype, copy=False)).astype(np.float64, copy=False)
+    return sparse.csr_matrix((values, table.gene, table.crow), shape=(table.n_cells, genes))
 
 
 def log_counts(counts: Any) -> Any:

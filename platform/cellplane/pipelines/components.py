@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import sparse
 from sklearn.decomposition import PCA
 
 from cellplane.data.sentences import CellTable
 from cellplane.errors import DataError
 from cellplane.model.cellplm import CellPLM
 from cellplane.pipelines.annotation_baselines import variable_genes
+from cellplane.pipelines.baselines import table_logs
 
 FEWEST_CELLS = 3  # of whom components can be told
 
@@ -31,7 +30,7 @@ def begin_at_components(network: CellPLM, table: CellTable, components: int, see
     if table.n_cells < FEWEST_CELLS:
         raise DataError(f"components need {FEWEST_CELLS} training cells at least, found {table.n_cells}")
     embedder = network.embedder
-    logs_CG = _log_counts(table, network.config.n_genes, network.config.input_total)
+    logs_CG = table_logs(table, network.config.input_total, np.float64)  # what the embedder sums over
     genes = variable_genes(logs_CG)
     values = logs_CG[:, genes].toarray()
     size = int(min(components, *(side - 1 for side in values.shape), network.config.width))
@@ -45,12 +44,3 @@ def begin_at_components(network: CellPLM, table: CellTable, components: int, see
         mean_D[:size] = torch.from_numpy(fitted.mean_ @ loadings_GK).float()
         embedder.linear.bias.copy_(-embedder.linear.weight @ mean_D)
     return size
-
-
-def _log_counts(table: CellTable, n_genes: int, total: float) -> sparse.csr_matrix:
-    """What the embedder sums over: log1p of the counts, scaled to ``total`` first unless that is 0."""
-    counts = sparse.csr_matrix((table.value.astype(np.float64), table.gene, table.crow), shape=(table.n_cells, n_genes))
-    if total:
-        found: NDArray[np.float64] = table.totals()
-        counts = sparse.csr_matrix(sparse.diags(total / np.where(found > 0, found, 1.0)) @ counts)
-    return counts.log1p()

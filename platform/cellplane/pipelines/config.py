@@ -83,8 +83,9 @@ class AnnotationConfig(FitConfig):
     head_dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout before the linear head (released recipe)."""
     members: int = Field(1, ge=1)
-    """Networks fitted from as many seeds, each with validation cells of its own, whose probabilities are averaged: slower by that
-    factor, and better where cells are few. Confidence is calibrated on the first, so the mean claims rather less than it could."""
+    """Networks fitted from as many seeds, whose probabilities are averaged: slower by that factor, and better where cells are few.
+    Each has validation cells of its own, and the first alone is calibrated: the mean claims rather less than it could. With
+    unknown.reject all share them, so that confidence and the threshold are those of the mean, which none of these cells taught."""
     linear: bool = False
     """A logistic regression on log counts answers with the network, tuned within the training cells; the validation cells set its share."""
     max_cells: int = Field(2048, ge=1)
@@ -207,6 +208,17 @@ class JobConfig(Config):
         return self
 
 
+class PanelConfig(Config):
+    """Cells that a model carries so that a lone one can be read in company; see `pipelines.panel`."""
+
+    cells: int = Field(0, ge=0)
+    """How many; 0 = none. At most half of the model's largest sentence."""
+    origin: Literal["centroids", "cells"] = "centroids"
+    """centroids: counts drawn from averages of clusters, nobody's; cells: real training cells, which then travel with the model."""
+    seed: int = 0
+    """Of clusters and draws."""
+
+
 class FinetuneConfig(AnnotationConfig, JobConfig):
     """A fine-tuning job of an annotator."""
 
@@ -217,6 +229,8 @@ class FinetuneConfig(AnnotationConfig, JobConfig):
     """What is learned."""
     test: str | None = None
     """h5ad of held-out labelled cells: scored beside the baselines when training is done."""
+    panel: PanelConfig = PanelConfig()
+    """Reference cells that the model carries, so that a lone cell can be read in company."""
 
 
 class DenoiseJobConfig(DenoisingConfig, JobConfig):

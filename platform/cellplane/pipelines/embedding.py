@@ -25,6 +25,7 @@ from cellplane.data.sources import AnnData, column, gene_columns
 from cellplane.errors import ConfigError, DataError
 from cellplane.inference import Predictor, query_keys, rates_of, read_cells, record, write_flags
 from cellplane.pipelines.base import as_config, open_model
+from cellplane.pipelines.evening import evened
 
 
 class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
@@ -64,20 +65,25 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def predict(self, data: AnnData, *, key_added: str | None = None, context: Context | AnnData = "own") -> NDArray[np.float32]:
+    def predict(
+        self, data: AnnData, *, key_added: str | None = None, context: Context | AnnData = "own", even: float = 0.0
+    ) -> NDArray[np.float32]:
         """Embedding z of every cell, [n, Z] float32, in the order of ``data``; genes the model does not know are left out.
 
-        ``context`` says in whose company cells are read, see `inference.read_cells`. With ``key_added`` also written to
+        ``context`` says in whose company cells are read, see `inference.read_cells`. ``even`` above 0 (0.5 is usual) turns z
+        to the main directions of these cells and takes from the strongest, see `evening.evened`. With ``key_added`` also written to
         obsm["X_<key>"] and uns["cellplm"]; obs["<key>_flag"] names cells without counts that the model knows, whose
         embedding is that of their context.
         """
         folder = self.predictor.folder
-        read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells, context=context)
+        company = self.predictor.company(context)
+        read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells, context=company)
         latent = self.predictor.embed(read.store)
+        latent = evened(latent, even) if even else latent
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             data.obsm[f"X_{key_added}"] = latent
-            data.uns["cellplm"] = record(folder, read.report)
+            data.uns["cellplm"] = record(folder, read.report | ({"even": even} if even else {}))
         return latent
 
     @property

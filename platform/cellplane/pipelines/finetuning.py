@@ -20,18 +20,19 @@ from cellplane.artifact.card import model_card
 from cellplane.artifact.folder import load_model, save_model, verify_model
 from cellplane.artifact.golden import GOLDEN
 from cellplane.config import home, load_config, read_yaml, to_plain
-from cellplane.data.shards import file_sha256
+from cellplane.data.files import file_sha256, leaves_nothing
 from cellplane.data.sources import read_h5ad
 from cellplane.errors import CheckpointError, DataError
 from cellplane.model.config import identifying
 from cellplane.pipelines import plots
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
-from cellplane.pipelines.config import AnnotationConfig, DenoiseJobConfig, DenoisingConfig, FinetuneConfig, SmoothingConfig
+from cellplane.pipelines.config import AnnotationConfig, DenoiseJobConfig, DenoisingConfig, FinetuneConfig, PanelConfig, SmoothingConfig
 from cellplane.pipelines.denoising import DenoisingPipeline
 from cellplane.pipelines.evaluation import draw_annotation, evaluate_annotation
 from cellplane.pipelines.golden import with_golden
 from cellplane.pipelines.imputation_job import IMPUTE
 from cellplane.pipelines.job import JobReport, Left, Progress, Scores, fresh, job_tags, journal_rows, publish, quiet, run_name
+from cellplane.pipelines.panel import panel_card, with_panel
 from cellplane.pipelines.perturbation_job import PERTURB
 from cellplane.pipelines.task import Task, check_cells, fit_on_data
 from cellplane.processes import locked
@@ -58,6 +59,7 @@ LATER: dict[str, Any] = {
     "transfer": to_plain(TransferConfig()),
     "guard": to_plain(GuardConfig()),
     "smoothing": to_plain(SmoothingConfig(share=(0.0,))),
+    "panel": to_plain(PanelConfig()),
     **{name: value for name, value in to_plain(AnnotationConfig()).items() if name in _ANSWERS},
 }
 # Later than the format, and yet part of every identity so far, used or not
@@ -79,7 +81,11 @@ def run_finetune(config: Any, progress: Progress = quiet) -> JobReport:
     journal = Journal(folder.journal)
     pipeline = _finished(config, folder.model, identity)
     reused = pipeline is not None
-    with locked(folder.lock, ANOTHER_WRITER_S), MetricPump(_spec(config, identity), config.tracking_uri, journal) as pump:
+    with (
+        leaves_nothing(folder.path, lambda: _has_begun(config, folder)),
+        locked(folder.lock, ANOTHER_WRITER_S),
+        MetricPump(_spec(config, identity), config.tracking_uri, journal) as pump,
+    ):
         if pipeline is None:
             pipeline = _fit(config, folder, identity, progress)
             _save(pipeline, folder.model, identity, None)  # scoring may fail, training is done
@@ -91,6 +97,12 @@ def run_finetune(config: Any, progress: Progress = quiet) -> JobReport:
         run_id, version = publish(pump, config, Left(folder.model, folder.artifacts, config.register_as, scores))
     last = max((row.step for row in journal.rows()), default=0)
     return JobReport(folder.model, reused, last, time.monotonic() - began, run_id, version, scores)
+
+
+def _has_begun(config: Any, folder: RunFolder) -> bool:
+    """Whether there is anything to go on with."""
+    learned = any(True for _ in Journal(folder.journal).rows())
+    return learned or folder.model.is_dir() or bool(checkpoints_of(folder.path, config.checkpoint).steps())
 
 
 def resumed_job(task: str, run: str, config: str | None, overrides: list[str]) -> Any:
@@ -212,7 +224,7 @@ def _finished(config: Any, path: Path, identity: str) -> Any:
 def _save(pipeline: Any, path: Path, identity: str, scores: Scores | None) -> None:
     keys = pipeline.config.keys.model_dump_json()
     folder = replace(pipeline.folder_, lineage={**pipeline.folder_.lineage, "job_identity": identity, "keys": keys})
-    folder = replace(folder, card=model_card(folder, scores))
+    folder = replace(folder, card=model_card(folder, scores) + panel_card(folder))
     pipeline.folder_ = folder if GOLDEN in folder.attachments else with_golden(folder)  # those of the day it was trained stay
     save_model(pipeline.folder_, path)
 
@@ -236,8 +248,16 @@ def _score_denoising(_: DenoisingPipeline, config: DenoiseJobConfig, _figures: P
     return new_pipeline(config).score(read_h5ad(Path(config.data))) if config.evaluate else None
 
 
+def _fit_annotation(pipeline: CellTypeAnnotationPipeline, config: FinetuneConfig, course: Course) -> None:
+    """On the job's cells, of which a panel may stay with the model."""
+    fit_on_data(pipeline, config, course)
+    assert pipeline.folder_ is not None
+    if config.panel.cells:
+        pipeline.adopt(with_panel(pipeline.folder_, read_h5ad(Path(config.data)), config.keys, config.panel))
+
+
 TASKS: Mapping[str, Task] = {
-    "annotate": Task(FinetuneConfig, AnnotationConfig, CellTypeAnnotationPipeline, _check_annotation, fit_on_data, _score_annotation),
+    "annotate": Task(FinetuneConfig, AnnotationConfig, CellTypeAnnotationPipeline, _check_annotation, _fit_annotation, _score_annotation),
     "denoise": Task(
         DenoiseJobConfig,
         DenoisingConfig,

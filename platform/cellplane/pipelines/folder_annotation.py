@@ -23,10 +23,10 @@ from pydantic import Field
 from cellplane import __version__
 from cellplane.config import Config, fingerprint, home
 from cellplane.data.config import UNLABELLED, DataKeys
-from cellplane.data.files import atomic_file
+from cellplane.data.files import atomic_file, gone_if_empty
 from cellplane.data.inputs import check_answers, find_inputs, source_sha256
 from cellplane.data.sources import AnnData, cell_table, check_h5ad, column, read_h5ad, write_h5ad
-from cellplane.errors import ConfigError, DataError
+from cellplane.errors import ConfigError, DataError, about
 from cellplane.inference import UNKNOWN, query_keys
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.pipelines.baselines import log_cp10k
@@ -123,7 +123,8 @@ def annotate_folder(config: AnnotateConfig, learned: JobReport | None = None, sa
     tell = say or log.info
     inputs, out = check_folder(config)
     report = learned or learn_reference(config)
-    annotator, opinion = _annotator(config, report, out)
+    with gone_if_empty(out), about(config.reference):
+        annotator, opinion = _annotator(config, report, out)
     written: list[Path] = []
     reused: list[Path] = []
     failed: dict[str, str] = {}
@@ -210,9 +211,7 @@ def annotate_file(annotator: Annotator, path: Path, answer: Path) -> Summary:
     data = read_h5ad(path)
     if data.n_obs == 0:
         raise DataError(f"{path} holds no cells")
-    assert annotator.pipeline.folder_ is not None
-    annotator.pipeline.predict(data, key_added="cellplm")
-    table, _ = cell_table(data, annotator.pipeline.folder_.vocabulary, query_keys(data, annotator.keys))
+    table = annotator.pipeline.annotate(data)
     opinion = annotator.atlas.answers(annotator.choice, table, annotator.seed)
     labels = data.obs["cellplm_cell_type"].astype(str).to_numpy()
     data.obs[OPINION] = pd.Categorical(opinion, categories=list(annotator.atlas.types))

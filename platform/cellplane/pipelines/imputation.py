@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,18 +20,19 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from cellplane.artifact.folder import ModelFolder, pack_tensors, unpack_tensors
+from cellplane.artifact.folder import ModelFolder, pack_tensors
 from cellplane.config import fingerprint
-from cellplane.data.sentences import CellTable
-from cellplane.data.sources import AnnData
-from cellplane.errors import DataError, FileFormatError
+from cellplane.data.sources import AnnData, cell_table
+from cellplane.errors import DataError
 from cellplane.inference import query_keys, record
 from cellplane.pipelines.base import Estimator, base_name, check_transfer
-from cellplane.pipelines.gene_names import GeneNames
+from cellplane.pipelines.imputation_answer import KNOWN as KNOWN
+from cellplane.pipelines.imputation_answer import REFERENCE_CELLS, Fitted, imputed, imputed_rates
+from cellplane.pipelines.imputation_answer import fitted_from as fitted_from
 from cellplane.pipelines.imputation_baselines import Counts, baseline_predictions
-from cellplane.pipelines.imputation_cells import MixedCells, dense, limited, scaled_log
+from cellplane.pipelines.imputation_cells import dense, limited, scaled_log
 from cellplane.pipelines.imputation_config import ImputationConfig
-from cellplane.pipelines.imputation_fit import Learned, Problem, Scaling, impute, learn, mixed, neighbour_rates
+from cellplane.pipelines.imputation_fit import Learned, Problem, learn
 from cellplane.pipelines.imputation_reading import Pair, read_pair, read_query
 from cellplane.pipelines.metrics import correlations, rank_correlations
 from cellplane.train.finetune import Course, Progress
@@ -39,24 +40,7 @@ from cellplane.train.loop import Keeping
 
 log = logging.getLogger(__name__)
 
-KNOWN, REFERENCE_CELLS = "imputation.json", "reference.safetensors"  # attachments of the model folder
 COLUMNS = ("crow", "gene", "value")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What predicting needs beside the network; flags and numbers are over the vocabulary [G], those of scaling over wanted genes."""
-
-    reference: CellTable
-    observed: NDArray[np.bool_]
-    wanted: NDArray[np.bool_]
-    expected: NDArray[np.float64]
-    hidden_correlation: NDArray[np.float64]
-    total: float
-    share: float
-    scaling: Scaling
-    names: GeneNames
-    config: ImputationConfig
 
 
 class SpatialImputationPipeline(Estimator):
@@ -95,8 +79,9 @@ class SpatialImputationPipeline(Estimator):
         return self
 
     def adopt(self, folder: ModelFolder) -> None:
-        """Answers with this model from now on."""
+        """Answers with this model from now on, as it was told when it was fitted."""
         self._known = fitted_from(folder)
+        self.config = self._known.config
         super().adopt(folder)
 
     @property
@@ -115,27 +100,27 @@ class SpatialImputationPipeline(Estimator):
         state = self._state()
         return state.expected[state.wanted]
 
-    def predict(self, data: AnnData, config: Mapping[str, Any] | None = None) -> AnnData:
+    def predict(self, data: AnnData, config: Mapping[str, Any] | None = None, reference: AnnData | None = None) -> AnnData:
         """The imputed genes of every cell, as a new AnnData: obs and obsm of ``data``, one column a gene.
 
         X are the counts expected at each cell's observed depth, layers["log1p"] their log1p, layers["sd"] the standard
         deviation of such a count (negative binomial). var["expected_correlation"] says how far a gene can be trusted; those
         below `min_correlation` are refused: NaN in X and the layers, True in var["refused"], listed in uns["cellplm"]["refused"].
+        The cells are read beside the kept reference, or beside ``reference``; then only genes that it measured are imputed.
         """
         state, threshold = self._state(), self.configured(config).min_correlation
-        problem, report = self._problem(data)
-        rates, dispersion = self._rates(problem)
-        counts = rates * problem.cells.query.totals()[:, None]
-        expected = state.expected[state.wanted]
+        problem, report = self._problem(data, reference)
+        found = imputed(self._fitted().model, state, problem)
+        expected = state.expected[found.genes]
         refused = expected < threshold
-        sd = np.sqrt(counts + counts**2 / dispersion)
-        tables = [np.where(refused, np.nan, table).astype(np.float32) for table in (counts, np.log1p(counts), sd)]
-        genes = list(self.genes_)
-        ids = [self._fitted().vocabulary.gene_ids[gene] for gene in np.flatnonzero(state.wanted)]
+        tables = [np.where(refused, np.nan, table).astype(np.float32) for table in (found.counts, np.log1p(found.counts), found.sd)]
+        genes = state.names.call(problem.wanted)
+        ids = [self._fitted().vocabulary.gene_ids[gene] for gene in found.genes]
         var = pd.DataFrame({"gene_id": ids, "expected_correlation": expected, "refused": refused}, index=pd.Index(genes))
-        found = AnnData(X=tables[0], obs=data.obs.copy(), var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm))
-        found.uns["cellplm"] = self._record(report, [gene for gene, no in zip(genes, refused, strict=True) if no])
-        return found
+        out = AnnData(X=tables[0], obs=data.obs.copy(), var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm))
+        listed = [gene for gene, no in zip(genes, refused, strict=True) if no]
+        out.uns["cellplm"] = self._record(report, listed, problem.cells.reference.n_cells if reference is not None else None)
+        return out
 
     def score(self, data: AnnData) -> dict[str, Any]:
         """How well genes whose truth ``data`` holds were imputed, beside the baselines; nothing of that truth enters the model.
@@ -149,7 +134,7 @@ class SpatialImputationPipeline(Estimator):
         truth, scored = self._truth(data)
         columns = np.searchsorted(np.flatnonzero(state.wanted), scored)
         counts = _baseline_counts(problem, scored)
-        rates, _ = self._rates(problem)
+        rates, _ = imputed_rates(self._fitted().model, state, problem)
         answers: dict[str, tuple[float | None, NDArray[np.float64]]] = {"model": (None, np.log1p(rates[:, columns] * state.total))}
         answers |= baseline_predictions(counts, state.config.seed)
         ids = [state.names.labels[gene] for gene in scored]
@@ -174,25 +159,17 @@ class SpatialImputationPipeline(Estimator):
         self._fitted()
         return self._known
 
-    def _problem(self, data: AnnData) -> tuple[Problem, Mapping[str, Any]]:
-        """Cells to impute beside the kept reference."""
+    def _problem(self, data: AnnData, reference: AnnData | None = None) -> tuple[Problem, Mapping[str, Any]]:
+        """Cells to impute beside the kept reference, or another."""
         state = self._state()
         keys = query_keys(data, state.config.keys)
         if state.config.keys.spatial_key is not None and keys.spatial_key is None:
             log.warning("the cells have no obsm[%r]: they are imputed without positions, in random patches", state.config.keys.spatial_key)
         query, report = read_query(data, self._fitted().vocabulary, keys, state.observed)
-        observed = state.observed & query.panel
-        return Problem(MixedCells(query, state.reference), observed, state.wanted, state.total), report
-
-    def _rates(self, problem: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Expected share of each wanted gene in a cell's shown counts [n, H], and its dispersion [H]."""
-        state, asked = self._state(), np.flatnonzero(problem.wanted)
-        found = impute(self._fitted().model, problem, state.config)
-        logs = np.log1p(found.query[:, asked] * problem.total)
-        if state.share:
-            near = np.log1p(neighbour_rates(problem, asked, state.config) * problem.total)
-            logs = mixed(logs, state.scaling(near), state.share)
-        return np.expm1(logs) / problem.total, found.dispersion[asked]
+        if reference is None:
+            return state.problem(query), report
+        others, _ = cell_table(reference, self._fitted().vocabulary, query_keys(reference, state.config.reference_keys))
+        return state.problem(query, others), report
 
     def _truth(self, data: AnnData) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """log1p of scaled counts of the wanted genes that ``data`` measured [n, k], and which these are."""
@@ -205,12 +182,12 @@ class SpatialImputationPipeline(Estimator):
         totals = table.totals()
         return scaled_log(dense(table, scored), totals, float(np.median(totals[totals > 0]))), scored
 
-    def _record(self, report: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
+    def _record(self, report: Mapping[str, Any], refused: list[str], given: int | None) -> dict[str, Any]:
         state = self._state()
-        context = (
-            f"own + reference: patches of at most {state.config.query_cells} cells, {state.config.reference_cells} kept reference cells"
-        )
-        extra = {"context": context, "refused": refused, "neighbours_share": state.share, "observed_genes": int(state.observed.sum())}
+        beside = f"{state.config.reference_cells} kept reference cells" if given is None else f"{given} given reference cells"
+        context = f"own + reference: patches of at most {state.config.query_cells} cells, {beside}"
+        mixed_in = {"partner": f"ridge {state.config.ridge:g}" if state.config.ridge else "neighbours", "partner_share": state.share}
+        extra = {"context": context, "refused": refused, **mixed_in, "observed_genes": int(state.observed.sum())}
         return record(self._fitted().folder, {**report, **extra})
 
     def _folder(self, pair: Pair, learned: Learned) -> ModelFolder:
@@ -250,7 +227,7 @@ def _attachments(pair: Pair, learned: Learned, config: ImputationConfig) -> dict
         "share": learned.share,
         "slope": learned.scaling.slope.tolist(),
         "shift": learned.scaling.shift.tolist(),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_copy(update={"ridge": learned.ridge}).model_dump(mode="json"),
     }
     reference = {name: torch.from_numpy(np.ascontiguousarray(getattr(problem.cells.reference, name))) for name in COLUMNS}
     return {KNOWN: json.dumps(known).encode(), REFERENCE_CELLS: pack_tensors(reference)}
@@ -258,31 +235,6 @@ def _attachments(pair: Pair, learned: Learned, config: ImputationConfig) -> dict
 
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def fitted_from(folder: ModelFolder) -> Fitted:
-    """What a model folder keeps beside its network; FileFormatError when that is missing or broken."""
-    try:
-        known = json.loads(folder.attachments[KNOWN])
-        columns = {name: column.numpy() for name, column in unpack_tensors(folder.attachments[REFERENCE_CELLS]).items()}
-        flags = {name: np.zeros(len(folder.vocabulary), dtype=bool) for name in ("observed", "wanted")}
-        numbers = {name: np.full(len(folder.vocabulary), np.nan) for name in ("expected", "hidden_correlation")}
-        for name, genes in flags.items():
-            genes[known[name]] = True
-        numbers["expected"][flags["wanted"]] = np.array(known["expected"], dtype=np.float64)
-        numbers["hidden_correlation"][flags["observed"]] = np.array(known["hidden_correlation"], dtype=np.float64)
-        return Fitted(
-            reference=CellTable(**columns, panel=flags["observed"] | flags["wanted"]),
-            **flags,
-            **numbers,
-            total=known["total"],
-            share=known["share"],
-            scaling=Scaling(np.array(known["slope"]), np.array(known["shift"])),
-            names=GeneNames(folder.vocabulary, tuple(known["names"])),
-            config=ImputationConfig.model_validate(known["config"]),
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FileFormatError(f"the model lacks what an imputation keeps beside its network: {error}; fit and save it again") from error
 
 
 def _baseline_counts(problem: Problem, hidden: NDArray[np.int64]) -> Counts:

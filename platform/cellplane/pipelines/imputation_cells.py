@@ -1,4 +1,4 @@
-"""Query and reference cells side by side: patches of tissue, sentences that mix both, and what a step hides of them.
+"""Query and reference cells side by side: sentences that mix both, and what a step hides of them.
 
 Platform 0 is the query, 1 the reference. The query's own counts of genes to impute, should its file hold any, are
 dropped when it is read: neither a total nor a scale nor the network can see them.
@@ -8,7 +8,7 @@ dropped when it is read: neither a total nor a scale nor the network can see the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.cells import CellBatch
-from cellplane.data.sentences import CellTable, MemoryStore, MicroBatch, contexts
+from cellplane.data.patches import patches as patches
+from cellplane.data.sentences import CellTable, MemoryStore, MicroBatch
 from cellplane.model.masking import Mask, mask_of
 from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.masks import Masks
@@ -56,35 +57,6 @@ def dense(table: CellTable, genes: Rows) -> NDArray[np.float64]:
 def scaled_log(counts: NDArray[np.float64], totals: NDArray[np.float64], total: float) -> NDArray[np.float64]:
     """log1p of counts scaled by ``total`` / ``totals`` [n]; a cell without counts stays 0."""
     return np.asarray(np.log1p(counts * (total / np.maximum(totals, 1e-12))[:, None] * (totals > 0)[:, None]))
-
-
-def patches(table: CellTable, size: int, seed: int = 0) -> list[Rows]:
-    """The cells of every patch: halved along the longer side until none has more than ``size``; no patch crosses a slide.
-
-    Cells without coordinates are dealt at random. The same cells give the same patches, always.
-    """
-    if table.coordinates is None:
-        return contexts(None if table.batch is None else [str(key) for key in table.batch], table.n_cells, size, seed)
-    slides = np.zeros(table.n_cells, dtype=np.int64) if table.batch is None else np.unique(table.batch.astype(str), return_inverse=True)[1]
-    located = np.isfinite(table.coordinates).all(1)
-    found: list[Rows] = []
-    for slide in np.unique(slides):
-        rows = np.flatnonzero((slides == slide) & located)
-        found.extend(_halved(rows, table.coordinates, size) if len(rows) else [])
-        lost = np.flatnonzero((slides == slide) & ~located)
-        found.extend(lost[part] for part in contexts(None, len(lost), size, seed) if len(lost))
-    return found
-
-
-def _halved(rows: Rows, coordinates: NDArray[np.float32], size: int) -> Iterator[Rows]:
-    if len(rows) <= size:
-        yield np.sort(rows)
-        return
-    xy = coordinates[rows]
-    order = np.argsort(xy[:, int(np.argmax(np.ptp(xy, axis=0)))], kind="stable")
-    half = len(rows) // 2
-    for part in (order[:half], order[half:]):
-        yield from _halved(rows[part], coordinates, size)
 
 
 @dataclass(frozen=True)

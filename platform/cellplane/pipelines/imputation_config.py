@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,10 @@ class ImputationConfig(FitConfig):
     """Reference cells that stay with the model, counts and all: the context, and the neighbours, of every later prediction."""
     neighbours: int = Field(100, ge=0)
     """Reference cells whose average is mixed into the prediction, by the share that hidden observed genes prefer; 0 = none."""
+    ridges: tuple[Annotated[float, Field(gt=0)], ...] = (1000.0, 3000.0, 10000.0)
+    """Penalties of a ridge regression in the reference that is tried in the neighbours' place; empty: none is."""
+    ridge: float = Field(0.0, ge=0)
+    """The penalty that a fit chose, 0 for the neighbours; written by fit, not to be set."""
     min_correlation: float = Field(0.1, ge=-1, le=1)
     """Genes whose expected correlation lies below are refused: NaN in the answer."""
     validate_every: int = Field(25, ge=1)

@@ -1,7 +1,7 @@
 """Learning an imputation: one network that saw the reference's hidden genes as targets, and how far it can be trusted.
 
 The query's truth about the wanted genes does not exist, so everything is chosen on observed genes that are hidden in turn,
-fold by fold: the number of steps, the share of the neighbours' average, and which correlation to expect of a gene.
+fold by fold: the number of steps, the partner and its share, and which correlation to expect of a gene.
 """
 
 # C cells, G genes
@@ -9,7 +9,7 @@ fold by fold: the number of steps, the share of the neighbours' average, and whi
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,6 @@ from cellplane.artifact.folder import ModelFolder
 from cellplane.data.sentences import PlanConfig, StepPlan
 from cellplane.inference import build_network, decoded
 from cellplane.model.cellplm import CellPLM, new_model
-from cellplane.pipelines.imputation_baselines import neighbours_average
 from cellplane.pipelines.imputation_cells import (
     REFERENCE,
     ImputationObjective,
@@ -33,6 +32,7 @@ from cellplane.pipelines.imputation_cells import (
     shown,
 )
 from cellplane.pipelines.imputation_config import ImputationConfig
+from cellplane.pipelines.imputation_partner import best_partner, partner_rates, partners_of
 from cellplane.pipelines.masks import Masks, imputation_masks
 from cellplane.pipelines.metrics import correlations
 from cellplane.seeds import keyed_seed
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 Flags = NDArray[np.bool_]
 Table = NDArray[np.float64]
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the neighbours' average in the answer, tried on hidden observed genes
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the partner in the answer, tried on hidden observed genes
 LOOKED_CELLS = 2048  # query cells that a look predicts; always the same ones
 
 
@@ -68,6 +68,10 @@ class Problem:
         cells = replace(self.cells, query=limited(self.cells.query, observed))
         return replace(self, cells=cells, observed=observed, wanted=self.wanted | hidden)
 
+    def partner(self, genes: Rows, config: ImputationConfig) -> Table:
+        """What the config's partner expects of some genes, [n, len(genes)]; see `partner_rates`."""
+        return partner_rates(self.cells, self.observed, self.total, genes, config)
+
     def masks(self, recipe: str) -> Masks:
         """See `imputation_masks`."""
         return imputation_masks(self.observed, self.wanted, recipe)
@@ -75,7 +79,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a fit found: the network after ``step`` steps, the neighbours' ``share`` and ``scaling``, and per gene [G] what to expect.
+    """What a fit found: the network after ``step`` steps, its partner with ``share`` and ``scaling``, and per gene [G] what to expect.
+
+    ``ridge`` is the penalty of the regression that is the partner, 0 where the neighbours' average is.
 
     ``expected`` is the correlation over cells to expect of a prediction (NaN where nothing is known); ``hidden_correlation``
     that of every observed gene when it was hidden.
@@ -83,6 +89,7 @@ class Learned:
 
     network: CellPLM
     step: int
+    ridge: float
     share: float
     scaling: Scaling
     expected: Table
@@ -99,42 +106,43 @@ def learn(problem: Problem, config: ImputationConfig, course: Course) -> Learned
     observed = np.flatnonzero(problem.observed)
     folds = [Fold.of(problem, np.sort(genes), config) for genes in np.array_split(rng.permutation(observed), config.folds)]
     step = best_step([fold.curve for fold in folds])
-    share = best_share(folds) if config.neighbours else 0.0
+    ridge, share = best_partner(scores_of(folds)) if partners_of(config) else (0.0, 0.0)
     correlation, expected = np.full(len(problem.observed), np.nan), np.full(len(problem.observed), np.nan)
     for fold in folds:
-        correlation[fold.genes] = fold.correlation(share)
+        correlation[fold.genes] = fold.correlation(ridge, share)
     asked = np.flatnonzero(problem.wanted)
     expected[asked] = expected_correlations(problem, folds, correlation)
-    log.info("hidden observed genes: best after %d steps, neighbours' share %.2f, correlation %.3f", step, share, np.nanmean(correlation))
+    told = f"ridge {ridge:g}" if ridge else "neighbours"
+    log.info("hidden observed genes: best after %d steps, share of %s %.2f, correlation %.3f", step, told, share, np.nanmean(correlation))
     network = new_network(problem, config)
     best = fit(network, problem, config, Until(step, config, course), course)
     network.load_state_dict(best.weights)
-    scaling = (
-        Scaling.between(*logs_of(network, problem, config)) if config.neighbours else Scaling(np.ones(len(asked)), np.zeros(len(asked)))
-    )
-    return Learned(network, step, share, scaling, expected, correlation, best.history)
+    chosen = config.model_copy(update={"ridge": ridge})
+    alone = Scaling(np.ones(len(asked)), np.zeros(len(asked)))
+    scaling = Scaling.between(*logs_of(network, problem, chosen)) if share else alone
+    return Learned(network, step, ridge, share, scaling, expected, correlation, best.history)
 
 
 def logs_of(network: CellPLM, problem: Problem, config: ImputationConfig) -> tuple[Table, Table]:
-    """Neighbours' and network's log1p of scaled rates of the wanted genes, [n, H] each."""
+    """The partner's and the network's log1p of scaled rates of the wanted genes, [n, H] each."""
     asked = np.flatnonzero(problem.wanted)
-    near, rates = neighbour_rates(problem, asked, config), impute(network, problem, config).query[:, asked]
+    near, rates = problem.partner(asked, config), impute(network, problem, config).query[:, asked]
     return np.log1p(near * problem.total), np.log1p(rates * problem.total)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One part of the observed genes, hidden from the query throughout: what model and neighbours say of them, and the truth.
+    """One part of the observed genes, hidden from the query throughout: what model and partners say of them, and the truth.
 
-    All are log1p of scaled rates [C, n]; ``curve`` the correlation by step; ``in_reference`` [G] how well each hidden gene
-    was predicted in the reference.
+    All are log1p of scaled rates [C, n]; ``partners`` by the ridge's penalty (0: neighbours), ``curve`` the correlation by
+    step; ``in_reference`` [G] how well each hidden gene was predicted in the reference.
     """
 
     genes: Rows
     curve: dict[int, float]
     truth: Table
     model: Table
-    neighbours: Table
+    partners: Mapping[float, Table]
     in_reference: Table
 
     @classmethod
@@ -147,13 +155,17 @@ class Fold:
         network.load_state_dict(best.weights)
         curve = {int(row["step"]): row["val/pearson"] for row in best.history if "val/pearson" in row}
         rates = impute(network, inner, config)
-        near = neighbour_rates(inner, genes, config) if config.neighbours else rates.query[:, genes]
-        model, near = (np.log1p(table * problem.total) for table in (rates.query[:, genes], near))
+        told = {ridge: config.model_copy(update={"ridge": ridge}) for ridge in partners_of(config)}
+        near = {ridge: np.log1p(inner.partner(genes, one) * problem.total) for ridge, one in told.items()}
+        model = np.log1p(rates.query[:, genes] * problem.total)
         return cls(genes, curve, watch.truth, model, near, reference_fit(inner, rates))
 
-    def correlation(self, share: float) -> Table:
-        """Of every gene [n], with this share of the neighbours' average."""
-        return correlations(self.truth, mixed(self.model, Scaling.between(self.neighbours, self.model)(self.neighbours), share))
+    def correlation(self, ridge: float, share: float) -> Table:
+        """Of every gene [n], with this share of a partner."""
+        if not share:
+            return correlations(self.truth, self.model)
+        near = self.partners[ridge]
+        return correlations(self.truth, mixed(self.model, Scaling.between(near, self.model)(near), share))
 
 
 @dataclass(frozen=True)
@@ -170,14 +182,18 @@ class Scaling:
         slope = np.where(spread > 0, like.std(0) / np.where(spread > 0, spread, 1), 0)
         return cls(slope, like.mean(0) - slope * table.mean(0))
 
+    def only(self, columns: Rows) -> Scaling:
+        """That of some of the columns."""
+        return Scaling(self.slope[columns], self.shift[columns])
+
     def __call__(self, table: Table) -> Table:
         """The table [n, H] in the other's units."""
         return table * self.slope + self.shift
 
 
-def mixed(model: Table, neighbours: Table, share: float) -> Table:
+def mixed(model: Table, partner: Table, share: float) -> Table:
     """The weighted mean of both in log units; not below 0."""
-    found: Table = np.maximum((1 - share) * model + share * neighbours, 0)
+    found: Table = np.maximum((1 - share) * model + share * partner, 0)
     return found
 
 
@@ -188,9 +204,10 @@ def best_step(curves: Sequence[dict[int, float]]) -> int:
     return steps[int(np.argmax(means))]
 
 
-def best_share(folds: Sequence[Fold]) -> float:
-    """The share of the neighbours' average with the highest mean correlation over all hidden observed genes."""
-    return max(SHARES, key=lambda share: float(np.nanmean(np.concatenate([fold.correlation(share) for fold in folds]))))
+def scores_of(folds: Sequence[Fold]) -> dict[tuple[float, float], float]:
+    """Mean correlation over all hidden observed genes of every (ridge, share)."""
+    pairs = [(ridge, share) for ridge in folds[0].partners for share in SHARES]
+    return {pair: float(np.nanmean(np.concatenate([fold.correlation(*pair) for fold in folds]))) for pair in pairs}
 
 
 def expected_correlations(problem: Problem, folds: Sequence[Fold], correlation: Table) -> Table:
@@ -312,37 +329,37 @@ class Rates:
 
 
 def impute(network: CellPLM, problem: Problem, config: ImputationConfig, some: Sequence[Rows] | None = None) -> Rates:
-    """Rates of all genes from observed ones alone, decoded as the reference's platform; the same context for every patch.
+    """Rates of all genes from observed ones alone, decoded as the reference's platform; the same context for every patch."""
+    parts = patches(problem.cells.query, config.query_cells) if some is None else some
+    context = context_of(problem, config)
+    query = np.zeros((problem.cells.query.n_cells, len(problem.observed)))
+    reference = np.zeros((len(context), len(problem.observed)))
+    dispersion = np.zeros(len(problem.observed))
+    for rows, rates, theta in patch_rates(network, problem, config, parts):
+        query[rows], dispersion = rates[: len(rows)], theta
+        reference += rates[len(rows) :] / len(parts)
+    return Rates(query, reference, dispersion, context)
+
+
+def context_of(problem: Problem, config: ImputationConfig) -> Rows:
+    """The reference rows that stand beside every patch when a model answers."""
+    return problem.cells.drawn(config.reference_cells, keyed_seed(config.seed, "context"))
+
+
+def patch_rates(network: CellPLM, problem: Problem, config: ImputationConfig, parts: Sequence[Rows]) -> Iterator[tuple[Rows, Table, Table]]:
+    """Patch by patch: its rows [c], the rates of its cells and then of the context's [c + context, G], the dispersion [G].
 
     rate_g = exp(logit_g) / sum over observed genes of exp(logit): what a cell that shows n counts is expected to show of g is
     n times that. Hidden counts of query and reference are not in the batch at all.
     """
-    masks = problem.masks("joint")
-    context = problem.cells.drawn(config.reference_cells, keyed_seed(config.seed, "context"))
-    query = np.zeros((problem.cells.query.n_cells, len(problem.observed)))
-    reference = np.zeros((len(context), len(problem.observed)))
-    dispersion = np.zeros(len(problem.observed))
-    parts = patches(problem.cells.query, config.query_cells) if some is None else some
+    masks, context = problem.masks("joint"), context_of(problem, config)
     for rows in parts:
         batch = shown(problem.cells.batch([(rows, context)]), masks).to(next(network.parameters()).device)
         told = replace(batch, platform_index=torch.full_like(batch.platform_index, REFERENCE))
         mean_CG, theta_G = decoded(network, batch, told)
         mean_CG = mean_CG.double().cpu()
         rates = (mean_CG / mean_CG[:, torch.from_numpy(problem.observed)].sum(1, keepdim=True)).numpy()
-        query[rows], dispersion = rates[: len(rows)], theta_G.double().cpu().numpy()
-        reference += rates[len(rows) :] / len(parts)
-    return Rates(query, reference, dispersion, context)
-
-
-def neighbour_rates(problem: Problem, genes: Rows, config: ImputationConfig) -> Table:
-    """Mean rates of some genes [n, len(genes)] over the reference cells most alike in observed genes."""
-    total, observed = problem.total, np.flatnonzero(problem.observed)
-    query, reference = problem.cells.query, problem.cells.reference
-    shown_totals = limited(reference, problem.observed).totals()
-    logs = [scaled_log(dense(table, observed), limited(table, problem.observed).totals(), total) for table in (query, reference)]
-    values = scaled_log(dense(reference, genes), shown_totals, total)
-    found: Table = np.expm1(neighbours_average(logs[0], logs[1], values, config.neighbours)) / total
-    return found
+        yield rows, rates, theta_G.double().cpu().numpy()
 
 
 def reference_fit(problem: Problem, rates: Rates) -> Table:

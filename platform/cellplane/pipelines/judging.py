@@ -20,6 +20,7 @@ from cellplane.pipelines.config import AnnotationConfig, HierarchyConfig, Unknow
 from cellplane.pipelines.hierarchy import label_tree, read_parents
 from cellplane.pipelines.linear_member import fit_linear
 from cellplane.pipelines.unknown import Seen, fit_rule, fit_space, places_in, reference_of
+from cellplane.train.finetune import device_named
 
 
 def check_judging(config: AnnotationConfig, classes: Sequence[str]) -> None:
@@ -38,18 +39,23 @@ def tree_of(config: AnnotationConfig, classes: Sequence[str]) -> Tree:
 
 
 def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore], config: AnnotationConfig) -> ModelFolder:
-    """The model with the judgement of its answers: reference cells from the training ``stores[0]``, all else from ``stores[1]``."""
-    predictor = Predictor(folder)
-    training, held_out = (_seen(predictor, store) for store in stores)
+    """The model with the judgement of its answers: reference cells from the training ``stores[0]``, all else from ``stores[1]``.
+
+    What answers is judged: all members that the folder holds, none of which may have learned from ``stores[1]``.
+    """
+    predictor = Predictor(folder, str(device_named(config.device)))
+    votes = config.method == "neighbours"
+    space = fit_space(stores[0].table, config.seed) if config.unknown.space == "expression" else None
+    held_out = _seen(predictor, stores[1])
+    training = _seen(predictor, stores[0]) if votes or space is None else _unasked(stores[0], len(folder.classes))
     voters = None
-    if config.method == "neighbours":
+    if votes:
         voters = reference_of(training, config.voting.neighbours, config.voting.cells_per_class, config.seed)
         held_out = replace(held_out, logits=voters.votes(held_out.z))
     linear = None
     if config.linear:
         linear, both = fit_linear(stores, held_out.logits, config.seed, calibrated=config.calibrate)
         held_out = replace(held_out, logits=both)
-    space = fit_space(stores[0].table, config.seed) if config.unknown.space == "expression" else None
     if space is not None:
         training, held_out = (replace(cells, z=places_in(space, store)) for cells, store in zip((training, held_out), stores, strict=True))
     reference = reference_of(training, config.unknown.neighbours, config.unknown.cells_per_class, config.seed)
@@ -73,6 +79,14 @@ def _seen(predictor: Predictor, store: MemoryStore) -> Seen:
     assert store.table.labels is not None
     logits, z = predictor.logits(store)
     return Seen(logits, z, np.asarray(store.table.labels))
+
+
+def _unasked(store: MemoryStore, classes: int) -> Seen:
+    """Labelled cells of which the network need say nothing."""
+    assert store.table.labels is not None
+    cells = store.table.n_cells
+    nothing = np.broadcast_to(np.float32(0), (cells, classes))
+    return Seen(nothing, np.zeros((cells, 0), dtype=np.float32), np.asarray(store.table.labels))
 
 
 def asked_judgement(own: Judgement, config: AnnotationConfig | Mapping[str, Any] | None, classes: Sequence[str]) -> Judgement:

@@ -28,7 +28,7 @@ from cellplane.artifact.space import Space, rounded
 from cellplane.data.sentences import CellTable, MemoryStore
 from cellplane.pipelines.annotation_baselines import ITERATIONS, LOGISTIC_COMPONENTS, variable_genes
 from cellplane.pipelines.base import stratified_split
-from cellplane.pipelines.baselines import STRENGTHS
+from cellplane.pipelines.baselines import STRENGTHS, table_logs
 from cellplane.pipelines.calibration import fit_temperature, negative_log_likelihood
 from cellplane.pipelines.metrics import annotation_scores
 from cellplane.pipelines.splits import random_splits
@@ -87,7 +87,7 @@ def choose_form(table: CellTable, seed: int) -> Form:
     """The form with the best mean macro-F1 over inner folds of the cells; a middling one where they are too few for folds."""
     table = _thinned(table, MOST_CHOOSING, seed)
     labels = _labels(table)
-    logs = {total: log_counts(table, total) for total in TOTALS}
+    logs = {total: table_logs(table, total) for total in TOTALS}
     found: dict[Form, list[float]] = {}
     for split in random_splits(labels, seed, FOLDS):
         if len(set(labels[split.train])) < 2 or not len(split.test):
@@ -105,7 +105,7 @@ def choose_form(table: CellTable, seed: int) -> Form:
 def fitted(form: Form, tables: Sequence[CellTable], n_classes: int, seed: int) -> Linear:
     """The classifier of this form, learned from the tables' cells; as it will be after saving, with a share of 1."""
     kept = [_thinned(table, MOST_FITTED, seed) for table in tables]
-    logs_CG = sparse.csr_matrix(sparse.vstack([log_counts(table, form.total) for table in kept]))
+    logs_CG = sparse.csr_matrix(sparse.vstack([table_logs(table, form.total) for table in kept]))
     labels = np.concatenate([_labels(table) for table in kept])
     views = {view.components: view for view in _views(logs_CG, kept[0].panel, seed)}
     view = views.get(form.components, views[0])
@@ -161,13 +161,6 @@ def _regressions(features: Any, labels: Labels, strengths: Sequence[float], seed
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.set_params(C=strength).fit(features, labels)
         yield strength, model
-
-
-def log_counts(table: CellTable, total: float) -> Any:
-    """log1p of counts [C, G], each cell's first scaled to the total unless that is 0; CSR."""
-    plain = Space(np.zeros((len(table.panel), 0), np.float32), np.zeros(len(table.panel), np.float32), total)
-    values = plain.scaled(table.crow, table.value).astype(np.float64)
-    return sparse.csr_matrix((values, table.gene, table.crow), shape=(table.n_cells, len(table.panel)))
 
 
 def _thinned(table: CellTable, most: int, seed: int) -> CellTable:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,53 +21,19 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder
 from cellplane.config import fingerprint
 from cellplane.data.sources import AnnData, cell_table
-from cellplane.errors import DataError, FileFormatError, VocabularyError
 from cellplane.inference import query_keys, record
 from cellplane.pipelines.base import Estimator, base_name, check_transfer
-from cellplane.pipelines.gene_names import GeneNames
+from cellplane.pipelines.perturbation_answer import KNOWN as KNOWN
+from cellplane.pipelines.perturbation_answer import PER, Fitted, averaged, populations
+from cellplane.pipelines.perturbation_answer import fitted_from as fitted_from
 from cellplane.pipelines.perturbation_cells import Perturbation, Screen, groups, named, read_screen, understood
 from cellplane.pipelines.perturbation_config import PerturbationConfig
-from cellplane.pipelines.perturbation_fit import SENTENCE_CELLS, Learned, Measured, learn, predicted
+from cellplane.pipelines.perturbation_fit import SENTENCE_CELLS, Learned, learn, predicted
 from cellplane.pipelines.perturbation_scores import screen_scores
 from cellplane.train.finetune import Course, Progress
 from cellplane.train.loop import Keeping
 
 log = logging.getLogger(__name__)
-
-KNOWN = "perturbation.json"  # attachment of the model folder
-PER = 10_000.0  # rates are given per so many counts
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What predicting needs beside the network: names learned, what was measured of them, free stimuli, and the counts' scale."""
-
-    names: tuple[str, ...]
-    stimuli: tuple[str, ...]
-    measured: Measured
-    total: float
-    genes: GeneNames
-    config: PerturbationConfig
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One predicted population [G]: mean log profile, its change, rates; how many controls; whether it is the fallback."""
-
-    profile: NDArray[np.float64]
-    change: NDArray[np.float64]
-    rates: NDArray[np.float64]
-    fallback: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """An answer, and what it is of."""
-
-    name: str
-    group: str
-    cells: int
-    answer: Answer
 
 
 class PerturbationPipeline(Estimator):
@@ -98,8 +63,9 @@ class PerturbationPipeline(Estimator):
         return self
 
     def adopt(self, folder: ModelFolder) -> None:
-        """Answers with this model from now on."""
+        """Answers with this model from now on, as it was told when it was fitted."""
         self._known = fitted_from(folder)
+        self.config = self._known.config
         super().adopt(folder)
 
     @property
@@ -120,14 +86,10 @@ class PerturbationPipeline(Estimator):
         """
         state, asked = self._state(), self.configured(config)
         names = list(self.perturbations_ if perturbations is None else perturbations)
-        meanings = [self._meaning(name, asked) for name in names]
+        for name in names:  # an unknown one is told before anything is read
+            state.meaning(name, asked)
         screen, report = self._controls(data)
-        sizes = {group: int((screen.group == group).sum()) for group in sorted(set(screen.group))}
-        rows = [
-            Row(name, group, cells, self._answer(screen, group, one))
-            for name, one in zip(names, meanings, strict=True)
-            for group, cells in sizes.items()
-        ]
+        rows = populations(self._fitted().model, state, screen, names, asked)
         rows = rows if by_group else averaged(rows)
         obs = pd.DataFrame(
             {
@@ -166,29 +128,14 @@ class PerturbationPipeline(Estimator):
         self._fitted()
         return self._known
 
-    def _meaning(self, name: str, config: PerturbationConfig) -> Perturbation | None:
-        """What a name means; None: it is not known and the fallback answers."""
-        state = self._state()
-        meaning = understood(name, config, state.genes, state.stimuli)
-        if meaning is None and config.fallback == "error":
-            raise VocabularyError(
-                f"{name} is no gene the model knows, nor a stimulus it learned ({', '.join(state.stimuli) or 'none'}): name its gene in "
-                'targets, or set fallback to "mean_of_training" for the mean change of the training perturbations'
-            )
-        return meaning
-
     def _controls(self, data: AnnData) -> tuple[Screen, Mapping[str, Any]]:
         """The control cells of ``data``; all its cells where no column says what was done to them."""
         config, folder = self._state().config, self._fitted().folder
         keys = query_keys(data, config.keys)
         table, report = cell_table(data, folder.vocabulary, keys)
-        group, cell_type = groups(data, config.model_copy(update={"keys": _present(data, config)}))
+        group, _ = groups(data, config.model_copy(update={"keys": _present(data, config)}))
         name = named(data, config) if config.perturbation_key in data.obs else np.full(data.n_obs, "", dtype=object)
-        screen = Screen(table, self._state().genes, group, name, {}, self._state().total, cell_type, self._state().stimuli)
-        controls = screen.only((name == "") & (table.totals() > 0))
-        if controls.table.n_cells == 0:
-            raise DataError("no control cell has counts in genes the model knows: a prediction starts from control cells")
-        return controls, report
+        return self._state().controls(table, group, name), report
 
     def _screen(self, data: AnnData) -> Screen:
         """Control and perturbed cells over the model's genes; perturbations that it cannot mean are left out."""
@@ -203,16 +150,6 @@ class PerturbationPipeline(Estimator):
             log.warning("%d perturbations that are no known genes are not scored: %s", len(left_out), ", ".join(left_out[:5]))
         screen = Screen(table, self._state().genes, group, names, meaning, self._state().total, cell_type, stimuli)
         return screen.only(np.array([name == "" or name in meaning for name in names]))
-
-    def _answer(self, screen: Screen, group: str, perturbation: Perturbation | None) -> Answer:
-        rows = screen.rows(group)
-        before = screen.mean(rows)
-        if perturbation is None:
-            change = self._state().measured.mean
-            return Answer(before + change, change, screen.profile(rows), fallback=True)
-        population = predicted(self._fitted().model, screen, rows, perturbation)
-        change = self._state().measured.blended(population.change, perturbation.name)
-        return Answer(before + change, change, population.rates, fallback=False)
 
     def _record(self, report: Mapping[str, Any]) -> dict[str, Any]:
         context = f"own: control cells of one group, sentences of at most {SENTENCE_CELLS} cells in their order"
@@ -257,31 +194,3 @@ def _present(data: AnnData, config: PerturbationConfig) -> Any:
     """The keys, without columns that the data do not have."""
     absent = {name: None for name in ("batch_key", "labels_key") if getattr(config.keys, name) not in data.obs}
     return config.keys.model_copy(update=absent)
-
-
-def averaged(rows: Sequence[Row]) -> list[Row]:
-    """One row a perturbation: the mean over groups, weighted by their control cells."""
-    found = []
-    for name in dict.fromkeys(row.name for row in rows):
-        mine = [row for row in rows if row.name == name]
-        weights = np.array([row.cells for row in mine], dtype=np.float64)
-        parts = [np.stack([getattr(row.answer, part) for row in mine]) for part in ("profile", "change", "rates")]
-        profile, change, rates = (np.average(tables, axis=0, weights=weights) for tables in parts)
-        found.append(Row(name, "all", int(weights.sum()), Answer(profile, change, rates, mine[0].answer.fallback)))
-    return found
-
-
-def fitted_from(folder: ModelFolder) -> Fitted:
-    """What a model folder keeps beside its network; FileFormatError when that is missing or broken."""
-    try:
-        known = json.loads(folder.attachments[KNOWN])
-        return Fitted(
-            names=tuple(known["names"]),
-            stimuli=tuple(known["stimuli"]),
-            measured=Measured({name: np.array(change, dtype=np.float64) for name, change in known["changes"].items()}, known["share"]),
-            total=float(known["total"]),
-            genes=GeneNames(folder.vocabulary, tuple(known["genes"])),
-            config=PerturbationConfig.model_validate(known["config"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"the model lacks what a perturbation keeps beside its network: {error}; fit and save it again") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from cellplane import __version__
 from cellplane.artifact.folder import verify_model
 from cellplane.config import fingerprint, home
+from cellplane.data.files import leaves_nothing
 from cellplane.data.inputs import source_sha256
 from cellplane.data.sources import read_h5ad, write_h5ad
 from cellplane.errors import DataError, about
@@ -54,8 +55,10 @@ def run_try(config: TryConfig, say: Say | None = None) -> TryReport:
     config.check()
     task = TASKS[str(getattr(config, "task", ""))]
     identity = _identity(config)
-    bench = Bench(Ledger(config.folder / "measured.jsonl", identity), tell, config.folder / "pictures")
-    with about(" or ".join(filter(None, (config.data, config.reference)))):
+    ledger = Ledger(config.folder / "measured.jsonl", identity)
+    bench = Bench(ledger, tell, config.folder / "pictures")
+    names = " or ".join(filter(None, (config.data, config.reference)))
+    with leaves_nothing(config.folder, lambda: bool(ledger.entries())), about(names):
         tried = task.measure(config, bench)
     page = write_try_page(config, tried)
     if not config.auto:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse
 from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -29,7 +28,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from cellplane.artifact.judgement import Reference, StrangerRule, mean_distance, stranger_features
 from cellplane.artifact.space import Space, rounded
 from cellplane.data.sentences import CellTable, MemoryStore
-from cellplane.pipelines.baselines import PANEL_GENES
+from cellplane.pipelines.baselines import PANEL_GENES, table_logs
 from cellplane.pipelines.config import UnknownConfig
 from cellplane.seeds import keyed_seed
 
@@ -56,15 +55,14 @@ def fit_space(table: CellTable, seed: int, components: int = COMPONENTS) -> Spac
     """Main components of the cells' log counts, per 10,000 but for a targeted panel; None where cells or genes are too few."""
     rows = np.sort(np.random.default_rng(keyed_seed(seed, "space")).permutation(table.n_cells)[:MOST_FITTED])
     part = table.rows(rows)
-    shape = (part.n_cells, len(part.panel))
     components = min(components, int(part.panel.sum()) - 1, part.n_cells - 1)
     if components < 1 or not len(part.value):
         return None
-    plain = Space(np.zeros((shape[1], 0), np.float32), np.zeros(shape[1], np.float32), 0.0 if part.panel.sum() < PANEL_GENES else CP10K)
-    matrix = sparse.csr_matrix((plain.scaled(part.crow, part.value).astype(np.float64), part.gene, part.crow), shape=shape)
+    total = 0.0 if part.panel.sum() < PANEL_GENES else CP10K
+    matrix = table_logs(part, total)
     with threadpool_limits(limits=1):
         pca = PCA(components, svd_solver="arpack", random_state=seed).fit(matrix)
-    return Space(rounded(pca.components_.T), pca.mean_.astype(np.float32), plain.total)
+    return Space(rounded(pca.components_.T), pca.mean_.astype(np.float32), total)
 
 
 def places_in(space: Space, store: MemoryStore) -> NDArray[np.float32]:

@@ -191,6 +191,9 @@ def _plain_folder(path: Path) -> ResolvedModel:
     if not path.is_dir():
         registered = f"models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/{path.name}@champion"
         raise ConfigError(f"no model folder at {path}; give a folder, or a registered model: {registered}")
+    inside, manifest = path / "model", "manifest.json"
+    if (inside / manifest).is_file() and not (path / manifest).exists():
+        raise ConfigError(f"{path} is the folder of a run and not a model; its model lies in it: name {inside}")
     return ResolvedModel(path.resolve(), path.resolve().name)
 
 
