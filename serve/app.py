@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 APP, INGRESS = "cellplane", "ingress"
 KEYS_VARIABLE = "CELLPLANE_API_KEYS_FILE"
-ATTEMPTS = 2  # of one call: the second after a replica died
+ATTEMPTS = 4  # of one call: after a replica died; all copies may die at once, and each is found dead by a call
 INGRESS_ONGOING = 256  # requests being read or waiting; the model's own queue is the narrower limit
 TABLE_WAIT_S = 10.0  # one question to the router about a newer table
 ROUTER_RETRY_S = 0.5
@@ -137,7 +137,7 @@ def deploy(config: ServeConfig) -> Deployed:
     """
     if not ray.is_initialized():
         raise ServiceError("serving needs a Ray cluster and this process is not connected to one; start one with `cellplane up`")
-    config = _with_keys(_absolute(config))
+    config = checked(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     before = serve.status()
     config = _with_port(config, running=bool(before.proxies))
@@ -145,14 +145,7 @@ def deploy(config: ServeConfig) -> Deployed:
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     try:
         router = start_router()
-        ingress = serve.deployment(Ingress).options(
-            name=INGRESS,
-            num_replicas=config.ingress_replicas,
-            ray_actor_options={"num_cpus": 0},
-            max_ongoing_requests=INGRESS_ONGOING,
-            **lifetimes(config),
-        )
-        target = serve.RunTarget(target=ingress.bind(config.limits(), config.api_keys_file), name=APP, route_prefix="/")
+        target = serve.RunTarget(target=ingress_of(config), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         version = told(router.put.remote(config), None)
         wait_until_running(APP, config.startup_timeout_s, "is the machine very busy?")
@@ -163,6 +156,23 @@ def deploy(config: ServeConfig) -> Deployed:
         raise
     log.info("model %s version %s answers at %s", config.name, version, url)
     return Deployed(url, config.name, version)
+
+
+def ingress_of(config: ServeConfig) -> serve.Application:
+    """The processes that receive, as this configuration wants them."""
+    ingress = serve.deployment(Ingress).options(
+        name=INGRESS,
+        num_replicas=config.ingress_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_ONGOING,
+        **lifetimes(config),
+    )
+    return ingress.bind(config.limits(), config.api_keys_file)
+
+
+def checked(config: ServeConfig) -> ServeConfig:
+    """The configuration as it means the same in another process; ConfigError for an open address without keys."""
+    return _with_keys(_absolute(config))
 
 
 def undeploy(name: str | None = None) -> None:

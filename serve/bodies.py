@@ -6,14 +6,15 @@ gigabyte. So lists stop at their first one, dictionaries are looked through befo
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .limits import refuse
+from .limits import BATCH_JOB, Limits, refuse
 
 MOST_PARAMETERS = 64
+LARGEST = 1e308  # a number beyond is no float
+SPARE_BRACKETS = 100_000  # in names, parameters, and nesting that is refused for its depth
 MOST_TOLD = 100  # mistakes; with more than these there are unknown keys without end, and naming one takes as long as all
 
 Strings = Annotated[list[str], Field(fail_fast=True)]
@@ -39,7 +40,7 @@ def _finite(given: Any) -> Any:
     """A dictionary of numbers, found to be one at a glance."""
     if isinstance(given, dict):
         for name, value in given.items():
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:  # neither is NaN
                 raise ValueError(f"{str(name)[:40]!r} is no finite number")
     return given
 
@@ -48,8 +49,16 @@ Parameters = Annotated[dict[str, str | int | float | bool], BeforeValidator(_few
 NumberByName = Annotated[dict[str, float], BeforeValidator(_finite)]
 
 
-def read_json(kind: type[BodyT], text: bytes) -> BodyT:
+def refuse_crowded(text: bytes, limits: Limits) -> None:
+    """ServiceError 413 for more lists and objects than the most cells and genes have: each costs a hundred times its brackets."""
+    found, most = text.count(b"[") + text.count(b"{"), 2 * limits.max_cells + limits.max_genes + SPARE_BRACKETS
+    if found > most:
+        raise refuse(413, f"the JSON holds {found} lists and objects, {limits.max_cells} cells have fewer; {BATCH_JOB}")
+
+
+def read_json(kind: type[BodyT], text: bytes, limits: Limits) -> BodyT:
     """The body; ServiceError 400 when it is not JSON, 422 naming the place of the first mistake, never quoting what was sent."""
+    refuse_crowded(text, limits)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -24,7 +24,7 @@ from cellplane.data.naming import to_vocabulary
 from cellplane.data.sentences import CellTable, MemoryStore, contexts
 from cellplane.genes import GeneVocabulary
 
-from .bodies import MOST_TOLD, NumberRows, Strict, Strings
+from .bodies import MOST_TOLD, NumberRows, Strict, Strings, refuse_crowded
 from .limits import BATCH_JOB, Limits, refuse, refuse_unreadable
 
 MAX_EXACT_COUNT = 2**24  # float32 holds every integer up to here
@@ -82,7 +82,7 @@ Rows = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]  # lengths [n],
 def decode(body: bytes, content_type: str, limits: Limits) -> Cells:
     """The cells of a body; ServiceError 400 for what cannot be read, 413 for too much, 422 for cells that make no sense."""
     refuse_unreadable(body, "cells")
-    gene_ids, columns = _decode_arrow(body, limits) if content_type == ARROW_TYPE else _decode_json(body)
+    gene_ids, columns = _decode_arrow(body, limits) if content_type == ARROW_TYPE else _decode_json(body, limits)
     return checked(gene_ids, columns, limits)
 
 
@@ -217,7 +217,8 @@ def _column(name: str, values: pa.ChunkedArray) -> Any:
     return array.to_numpy(zero_copy_only=False)
 
 
-def _decode_json(body: bytes) -> tuple[list[str], Columns]:
+def _decode_json(body: bytes, limits: Limits) -> tuple[list[str], Columns]:
+    refuse_crowded(body, limits)
     try:
         parsed = CellsBody.model_validate_json(body)
     except ValidationError as error:

@@ -56,7 +56,7 @@ class Scoring:
 def decode_invocation(body: bytes, limits: Limits) -> Scoring:
     """The cells of a body; ServiceError 400 for what is not JSON, 413 for too much, 422 for cells that make no sense."""
     refuse_unreadable(body, "a table of cells")
-    asked = read_json(Invocation, body)
+    asked = read_json(Invocation, body, limits)
     forms = [name for name in ("dataframe_split", "dataframe_records", "inputs") if getattr(asked, name) is not None]
     if len(forms) != 1:
         raise refuse(422, "send exactly one of dataframe_split, dataframe_records, inputs")

@@ -125,7 +125,7 @@ class Inference:
 def decode_inference(body: bytes, header_length: str | None, limits: Limits) -> Inference:
     """The cells of a body; ServiceError 400 for what cannot be read, 413 for too much, 422 for tensors that make no sense."""
     text, rest = _split(body, header_length, limits)
-    request = read_json(InferRequest, text)
+    request = read_json(InferRequest, text, limits)
     tensors = _tensors(request.inputs, rest)
     parameters = dict(request.parameters or {})
     binary = parameters.pop("binary_data_output", False) is True

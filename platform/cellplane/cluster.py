@@ -132,6 +132,12 @@ class MemberStatus:
     rss_bytes: int
 
 
+SOON_MISSED = {  # a Serve proxy that died is replaced within seconds: 10 s and 10 s are the defaults, three of which must fail
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+}
+
+
 def up(config: StackConfig, folder: Path | None = None, log: Log = logger.info) -> Stack:
     """Start what does not run yet and wait until all of it answers; calling it again reuses what runs.
 
@@ -387,6 +393,7 @@ def _ray_command(stack: Stack, config: StackConfig) -> tuple[list[str], dict[str
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stack.token_path)}
     environment |= {"PYTHONPATH": _python_path(), "CELLPLANE_HOME": str(stack.home), "MLFLOW_TRACKING_URI": stack.mlflow_uri}
+    environment |= {name: os.environ.get(name, value) for name, value in SOON_MISSED.items()}
     return command + [f"--{name}={value}" for name, value in options.items()], environment
 
 

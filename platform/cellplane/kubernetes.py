@@ -22,7 +22,7 @@ from cellplane.errors import ConfigError
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Image = Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")]
 FilePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
-ModelName = Annotated[str, Field(pattern=r"^(models:/[A-Za-z0-9._-]+(@[A-Za-z0-9_-]+|/[0-9]+)|/[A-Za-z0-9._/-]+)$")]
+ModelName = Annotated[str, Field(pattern=r"^models:/[A-Za-z0-9._-]+(@[A-Za-z0-9_-]+|/[0-9]+)$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi|Ti)$")]
 Host = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?$")]
 CPUS_PER_GPU = 4  # workers.cpus of configs/pretrain/cellplm_85m.yaml
@@ -93,7 +93,7 @@ class KubernetesConfig(Config):
     @property
     def model_name(self) -> str:
         """What the model is called in the endpoints' paths."""
-        return self.model.removeprefix("models:/").partition("@")[0].strip("/").split("/")[0].lower()
+        return self.model.removeprefix("models:/").partition("@")[0].partition("/")[0].lower()
 
     def values(self) -> dict[str, str]:
         """Everything a manifest may ask for, as text."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 
 from cellplane.artifact.folder import load_model
-from cellplane.benchmark.serve import FLIPPED, GOLDEN, GOOD, NAME, NAN, NEXT, Endpoint, Loading, _percentile, _register_versions
 from cellplane.benchmark.serve_load import LOST, Answered, Order
+from cellplane.benchmark.serve_stack import FLIPPED, GOLDEN, GOOD, NAME, NAN, NEXT, Endpoint, Loading, _register_versions, percentile
 from cellplane.client import write_stream
 from cellplane.errors import BenchmarkError, IntegrityError
 from cellplane.inference import Predictor
@@ -105,8 +105,8 @@ def test_a_load_that_fails_is_an_error_and_not_a_figure(order: Order) -> None:
 
 def test_percentiles_are_of_seconds() -> None:
     answers = [Answered(0.0, seconds / 100, 200) for seconds in range(101)]
-    assert _percentile(answers, 99) == pytest.approx(0.99)
-    assert _percentile([], 99) == 0
+    assert percentile(answers, 99) == pytest.approx(0.99)
+    assert percentile([], 99) == 0
 
 
 def test_the_broken_versions_are_broken_in_their_own_ways(tmp_path: Path) -> None:

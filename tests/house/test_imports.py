@@ -19,7 +19,7 @@ ROWS = (
     ("results", "wire"),
     ("inference", "train", "served"),
     ("pipelines", "batch", "client"),
-    ("benchmark", "serve", "cluster", "cleanup", "pl", "remote", "difference"),
+    ("benchmark", "serve", "cluster", "kubernetes", "cleanup", "pl", "remote", "difference"),
     ("demo", "doctor"),
     ("cli",),
     ("jobs",),  # a job is a verb under another name: same options, same exit codes

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import cellplane
-from cellplane.cli import annotate, data, diff, finetune, gc, models, ops, plan, predict, serve, train, try_, tune
+from cellplane.cli import annotate, data, diff, finetune, gc, k8s, models, ops, plan, predict, serve, train, try_, tune
 from cellplane.errors import CellplaneError
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -39,6 +39,7 @@ app.add_typer(tune.tune_app, name="tune")
 app.add_typer(try_.try_app, name="try")
 app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(predict.predict_app, name="predict")
+app.add_typer(k8s.k8s_app, name="k8s")
 app.command("annotate")(annotate.annotate)
 app.command("pretrain")(train.pretrain)
 app.command("plan")(plan.plan)

@@ -21,6 +21,7 @@ SCHEMAS = {  # kind of a config file = its folder -> module and class that read 
     "data": ("cellplane.data.config", "ConvertConfig"),
     "evaluate": ("cellplane.pipelines.config", "EvaluateConfig"),
     "finetune": ("cellplane.pipelines.config", "FinetuneConfig"),
+    "k8s": ("cellplane.kubernetes", "KubernetesConfig"),
     "model": ("cellplane.train.config", "ModelFile"),
     "predict": ("cellplane.batch", "PredictConfig"),
     "pretrain": ("cellplane.train.config", "PretrainConfig"),
