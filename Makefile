@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo test fast check chaos chaos-full gpu clean
+.PHONY: help venv demo test fast check chaos chaos-full gpu sbom audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,14 @@ chaos-full: venv  ## every combination of who is killed when
 
 gpu: venv  ## tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+sbom: venv  ## what is installed, as CycloneDX JSON: build/sbom.json
+	@$(BIN)/cellplane inventory --out build/sbom.json
+
+audit: venv  ## known vulnerabilities of the locked packages; needs a network, and an environment of its own in build/
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.9,<3"
+	@build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip $(ARGS)
 
 clean:  ## remove builds and caches; .venv and .cellplane stay
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,20 +7,20 @@ import logging
 import sys
 from pathlib import Path
 
-from cellplane.benchmark import data, model, neighbours, peers, predict, report, serve, train
+from cellplane.benchmark import data, model, neighbours, peers, plan, predict, report, serve, train
 from cellplane.errors import CellplaneError
 
-MEASURES = (data, model, peers, predict, serve, train, neighbours)
+MEASURES = (data, model, peers, predict, serve, train, neighbours, plan)
 PARTS = {part.__name__.rpartition(".")[2]: getattr(part, "PARTS", {}) for part in MEASURES}
 KINDS = (data.DataBenchmark, model.ModelBenchmark, peers.PeersBenchmark, predict.PredictBenchmark)
-KINDS = (*KINDS, serve.ServeBenchmark, train.TrainBenchmark, neighbours.NeighboursBenchmark)
+KINDS = (*KINDS, serve.ServeBenchmark, train.TrainBenchmark, neighbours.NeighboursBenchmark, plan.PlanBenchmark)
 
 
 def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=tuple(PARTS), help="beside CellPLM, gene models, other loaders, bare steps, the truth")
-    parser.add_argument("--cells", type=int, help="default: 2000; data: 100000")
+    parser.add_argument("--cells", type=int, help="default: 2000; data: 100000; plan: 102400000")
     parser.add_argument("--nonzeros", type=int, help="non-zero counts of each cell; default: 2000; data, train: 1350")
     parser.add_argument("--threads", type=int, help="default: 2; data: 1, as in a Ray Train worker of one CPU")
     parser.add_argument("--rounds", type=int, help="quiet rounds, the sides in turn in each; default: 5")

@@ -120,7 +120,7 @@ class Ingress:
     def __init__(self, limits: Limits, api_keys_file: Path | None) -> None:
         keys = None if api_keys_file is None else ApiKeys.load(api_keys_file)
         meters = Meters()
-        self.guarded = Guard(NativePaths(Front(RouterTable(), Handles(meters), meters), limits).app(), limits, keys)
+        self.guarded = Guard(NativePaths(Front(RouterTable(), Handles(meters), meters), limits).app(), limits, keys, meters)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application Serve runs in each replica."""

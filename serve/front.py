@@ -138,7 +138,9 @@ class Front:
         self.meters.add("cellplane_cells_total", where, n_cells)
         self.meters.add("cellplane_gene_overlap_sum", where, float(answer.about["gene_overlap"]))
         if "cell_type" in answer.columns:
+            self.meters.add("cellplane_annotated_cells_total", where, n_cells)
             self.meters.add("cellplane_unknown_cells_total", where, int((answer.columns["cell_type"] == UNKNOWN).sum()))
+            self.meters.add("cellplane_confidence_sum", where, float(np.nansum(answer.columns["confidence"])))
 
     def _cast_shadow(self, table: Table, route: Route, question: Question, answer: Answer) -> None:
         shadow = table.models[route.model].shadow

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cellplane.client import ARROW_TYPE, JSON_TYPE
 from cellplane.errors import ServiceError
 
+from .meters import Meters
 from .security import ApiKeys
 
 CODES = {
@@ -46,6 +47,7 @@ OCTETS, HEADER_LENGTH = "application/octet-stream", "inference-header-content-le
 REQUEST_ID = "cellplane.request_id"  # key of the ASGI scope
 MAX_HEADER_BYTES = 32 * 1024  # names and values together; keys and ids take a few hundred
 GZIP = b"\x1f\x8b"  # what a gzip file begins with, and neither JSON nor an Arrow stream nor a length before them
+METHODS = ("GET", "POST")  # that anything here answers; others are counted together
 BATCH_JOB = "send fewer cells a call, or use the batch job: cellplane predict"
 MIB = 1024 * 1024
 
@@ -121,8 +123,8 @@ class Rate:
 class Guard:
     """ASGI middleware: who may ask, of what type and size a body may be, and how long an answer may take."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys | None = None) -> None:
-        self.app, self.limits, self.keys = app, limits, keys
+    def __init__(self, app: ASGIApp, limits: Limits, keys: ApiKeys | None = None, meters: Meters | None = None) -> None:
+        self.app, self.limits, self.keys, self.meters = app, limits, keys, meters or Meters()
         self._in_flight = 0
         self.rate = None if limits.requests_per_minute is None else Rate(limits.requests_per_minute)
 
@@ -149,6 +151,10 @@ class Guard:
             if not deadline.expired():
                 raise
             await answer.error(408, f"no answer within {self.limits.request_timeout_s:g} s; {BATCH_JOB}")
+        finally:
+            if answer.status:
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                self.meters.add("cellplane_answers_total", {"method": method, "status": str(answer.status)})
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
         """The name of the key's holder, empty without keys; raises what can be said from path and headers alone."""
@@ -213,18 +219,18 @@ class _Answer:
     """Sends an answer with its request id, and an error only while nothing else was sent."""
 
     def __init__(self, send: Send, scope: Scope, given: str | None) -> None:
-        self._send, self._started, self._path = send, False, scope["path"]
+        self._send, self.status, self._path = send, 0, scope["path"]  # status: 0 while nothing was sent
         # Serve's proxy echoes the caller's header by itself; a second one would make a list of it
         self._header = [] if given == scope[REQUEST_ID] else [(b"x-request-id", scope[REQUEST_ID].encode())]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._started = True
+            self.status = int(message["status"])
             message = {**message, "headers": [*message.get("headers", ()), *self._header]}
         await self._send(message)
 
     async def error(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
-        if self._started:
+        if self.status:
             return
         body = error_body(status, text, self._path)
         extra = {

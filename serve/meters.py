@@ -12,10 +12,13 @@ from collections.abc import Mapping
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ABOUT = {
+    "cellplane_answers_total": ("counter", "Everything that was answered over HTTP, refusals and defects too, by method and status."),
     "cellplane_requests_total": ("counter", "Requests by outcome, the HTTP status."),
     "cellplane_request_seconds": ("histogram", "Time from a decoded request to its answer."),
     "cellplane_cells_total": ("counter", "Cells answered."),
+    "cellplane_annotated_cells_total": ("counter", "Cells that were given a cell type, or none."),
     "cellplane_unknown_cells_total": ("counter", "Cells annotated as unknown."),
+    "cellplane_confidence_sum": ("counter", "Sum over annotated cells of the confidence in their cell type."),
     "cellplane_gene_overlap_sum": ("counter", "Sum over requests of the share of their genes that the model knows."),
     "cellplane_replica_deaths_total": ("counter", "Calls that were repeated because a model replica died."),
     "cellplane_forward_total": ("counter", "Forwards of the network; several requests share one."),

@@ -53,7 +53,13 @@ class Endpoint:
 
     def info(self) -> dict[str, Any]:
         limits = {"max_cells": self.request_cells}
-        return {"name": "m", "task": "annotate", "max_cells": self.max_cells, "limits": limits, "vocabulary_fingerprint": VOCABULARY.fingerprint}
+        return {
+            "name": "m",
+            "task": "annotate",
+            "max_cells": self.max_cells,
+            "limits": limits,
+            "vocabulary_fingerprint": VOCABULARY.fingerprint,
+        }
 
     def answer(self, path: str, body: bytes) -> tuple[str, bytes]:
         """Each cell's answer is its own total, so that rows can be told apart."""

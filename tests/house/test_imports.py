@@ -14,13 +14,13 @@ from tests.house.source import PLATFORM, ROOT, Source, imports, modules, room, s
 
 # Each room may import rooms of earlier rows only; inside the first row modules may import one another.
 ROWS = (
-    ("cellplane", "genes", "cells", "seeds", "config", "errors"),
+    ("cellplane", "genes", "cells", "seeds", "config", "errors", "logs"),
     ("data", "model", "artifact", "tracking", "processes"),
     ("results", "wire"),
     ("inference", "train", "served"),
     ("pipelines", "batch", "client"),
     ("benchmark", "serve", "cluster", "kubernetes", "cleanup", "pl", "remote", "difference"),
-    ("demo", "doctor"),
+    ("demo", "doctor", "inventory"),
     ("cli",),
     ("jobs",),  # a job is a verb under another name: same options, same exit codes
 )
@@ -43,6 +43,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray.tune": (TUNE,),
     "ray.serve": (SERVE,),
     "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER),
+    "ray.util.metrics": (LAUNCH,),
     "ray": (CLUSTER,),
     "deepspeed": ("train/deepspeed_engine.py",),
     "mlflow": (TRACKING,),

@@ -27,13 +27,14 @@ from cellplane.client import ARROW_TYPE
 from tests.serve.fuzzing import spoiled
 from tests.serve.wire import Ask, application, good_asks
 
+GOODBYE_S = 120.0  # on a machine that is very busy
 LOOKS = 100  # of memory and descriptors over a run
 MIB = 2**20
 
 
 def serve(model: Path) -> None:
     """The endpoint, until standard input ends."""
-    server = uvicorn.Server(uvicorn.Config(application(model), port=0, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(application(model), port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=10))
 
     def say_and_wait() -> None:
         while not server.started:
@@ -72,7 +73,11 @@ def run(model: Path, n_requests: int, seed: int) -> dict[str, Any]:
         connection.close()
     finally:
         child.stdin.close()
-        child.wait(30)
+        try:
+            child.wait(GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise
     late = np.array(looks[len(looks) // 2 :])
     slope = float(np.polyfit(late[:, 0] / 1000, late[:, 1], 1)[0])
     told = {"mib_per_1000": round(slope, 3), "rss_first_mib": round(looks[0][1], 1), "rss_half_mib": round(float(late[0, 1]), 1)}

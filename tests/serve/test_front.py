@@ -122,7 +122,10 @@ def test_cell_types_are_compared_by_name(replicas: Replicas) -> None:
     replicas.behave["2"] = lambda: types(["T", "B"])
     ask(front)
     assert (shadows(front, "same"), shadows(front, "other")) == (1, 1)
-    assert front.meters.value("cellplane_unknown_cells_total", {"model": "m", "version": "1"}) == 2
+    one = {"model": "m", "version": "1"}
+    assert front.meters.value("cellplane_unknown_cells_total", one) == 2
+    assert front.meters.value("cellplane_annotated_cells_total", one) == front.meters.value("cellplane_cells_total", one) > 0
+    assert front.meters.value("cellplane_confidence_sum", one) > 0
 
 
 def test_a_share_of_callers_is_answered_by_the_challenger(replicas: Replicas) -> None:

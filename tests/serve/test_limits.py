@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cellplane.client import ARROW_TYPE, JSON_TYPE
 from serve.limits import Guard, Limits, Rate, clean_request_id
+from serve.meters import Meters
 from serve.security import ApiKey, ApiKeys, new_key
 
 PATH = "/v1/models/m/annotate"
@@ -197,3 +198,19 @@ def test_when_every_place_is_taken_the_next_is_refused_before_it_is_read() -> No
     assert [one.status for one in answers] == [200, 200, 503, 503, 200]
     assert [one.read for one in answers[2:4]] == [0, 0]
     assert answers[2].headers["retry-after"] == "1"
+
+
+def test_every_answer_is_counted_refusals_too() -> None:
+    meters = Meters()
+    counting = Guard(reads_everything, Limits(max_body_bytes=10), meters=meters)
+    assert Exchange(b"x").run(counting).status == 200
+    assert Exchange(b"x" * 11).run(counting).status == 413
+    assert Exchange().run(counting, "GET").status == 200
+    assert Exchange().run(counting, "BREW").status == 200
+    counted = {
+        (method, status): meters.value("cellplane_answers_total", {"method": method, "status": status}) for method, status in COUNTED
+    }
+    assert counted == dict.fromkeys(COUNTED, 1.0)
+
+
+COUNTED = (("POST", "200"), ("POST", "413"), ("GET", "200"), ("other", "200"))

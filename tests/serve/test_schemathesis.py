@@ -25,7 +25,7 @@ def document(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> sche
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=[pytest.mark.chaos, pytest.mark.full])], ids=["short", "full"])
+@pytest.mark.parametrize("examples", [6, pytest.param(100, marks=[pytest.mark.chaos, pytest.mark.full])], ids=["short", "full"])
 def test_made_up_requests_are_answered_as_described(document: schemathesis.BaseSchema, mode: str, examples: int) -> None:
     """Right ones may be refused: that genes are the model's and lists fit one another is more than a schema can say."""
     unfit = [positive_data_acceptance]

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from threading import Event
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from cellplane.errors import ServiceError
 
 MODEL, INGRESS = f"ray::ServeReplica:{NAME}--v", "ray::ServeReplica:cellplane:"
 CONTROLLER, PROXY = "ray::ServeController", "ray::ProxyActor"
-ROUNDS = 5
+ROUNDS, PROXY_ROUNDS = 5, 3
 CALLERS = 8
 
 
@@ -42,7 +41,7 @@ def kills(plan: Plan, endpoint: Endpoint) -> Iterator[Figure]:
     yield from _replicas(plan, endpoint)
     yield from _ingress(plan, endpoint)
     yield from _unnoticed(plan, endpoint, CONTROLLER, "controller")
-    yield from _proxy(plan, endpoint)
+    yield from _proxy(endpoint)
 
 
 def _replicas(plan: Plan, endpoint: Endpoint) -> Iterator[Figure]:
@@ -98,20 +97,19 @@ def _unnoticed(plan: Plan, endpoint: Endpoint, named: str, what: str) -> Iterato
     yield _failed(f"{what} killed", _under_load(plan, endpoint, disturb))
 
 
-def _proxy(plan: Plan, endpoint: Endpoint) -> Iterator[Figure]:
+def _proxy(endpoint: Endpoint) -> Iterator[Figure]:
     """The process that listens: nobody can answer until it is back."""
 
-    def disturb() -> None:
-        before = endpoint.processes(PROXY)
-        _kill(before)
-        until(lambda: set(endpoint.processes(PROXY)) - set(before))
-        until(lambda: _answers(endpoint))
-
-    answers = _under_load(plan, endpoint, disturb)
-    ends = sorted(answer.at + answer.seconds for answer in answers if answer.status == 200)
-    outage = max((after - before for before, after in pairwise(ends)), default=0.0)
-    statuses = dict(Counter(answer.status for answer in answers))
-    yield at_most("proxy killed, longest time without an answer", outage, 10.0, "s").because(f"statuses {statuses}")
+    outages = []
+    for _ in range(PROXY_ROUNDS):
+        with Client(endpoint.url, retries=0, timeout_s=5.0) as client:
+            began = time.monotonic()
+            _kill(endpoint.processes(PROXY))
+            until(lambda: not _answers(endpoint))
+            until(lambda: _embeds(client))
+        outages.append(time.monotonic() - began)
+    told = ", ".join(f"{outage:.1f}" for outage in outages)
+    yield at_most("proxy killed, until requests are answered again", max(outages), 10.0, "s").because(f"{told} s")
 
 
 def _under_load(plan: Plan, endpoint: Endpoint, disturb: Callable[[], None]) -> Sequence[Answered]:
@@ -132,6 +130,14 @@ def _failed(what: str, answers: Sequence[Answered]) -> Figure:
 def _kill(pids: Sequence[int]) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+
+
+def _embeds(client: Client) -> bool:
+    try:
+        client.embed(some_cells(8), NAME, KEYS)
+    except ServiceError:
+        return False
+    return True
 
 
 def _answers(endpoint: Endpoint) -> bool:

@@ -24,7 +24,6 @@ import torch
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.benchmark.serve_load import LOST, Answered, Order
 from cellplane.client import Client, WireCells
-from cellplane.cluster import running
 from cellplane.data.config import DataKeys, SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData
@@ -33,7 +32,7 @@ from cellplane.genes import GeneVocabulary
 from cellplane.model.cellplm import CellPLM
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.golden import with_golden
-from cellplane.processes import usage
+from cellplane.processes import Member, usage
 from cellplane.tracking.registry import promote, register
 from cellplane.tracking.runs import RunSpec, TrackedRun, local_uri
 
@@ -54,9 +53,8 @@ class Endpoint:
 
     def processes(self, named: str) -> list[int]:
         """Pids of this stack's own Ray processes whose title begins so; children of its recorded head, nobody else's."""
-        stack = running(self.home)
-        family = stack.members["ray"].family() if stack is not None else []
-        return sorted(usage(family, named))
+        recorded = json.loads((self.home / "stack.json").read_text(encoding="utf-8"))["members"]["ray"]
+        return sorted(usage(Member(recorded["pid"], recorded["create_time"]).family(), named))
 
     @property
     def registry(self) -> str:

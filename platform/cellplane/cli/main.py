@@ -20,6 +20,7 @@ import typer
 import cellplane
 from cellplane.cli import annotate, data, diff, finetune, gc, k8s, models, ops, plan, predict, serve, train, try_, tune
 from cellplane.errors import CellplaneError
+from cellplane.logs import start_logging
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
@@ -51,6 +52,7 @@ app.command("up")(ops.up)
 app.command("down")(ops.down)
 app.command("status")(ops.status)
 app.command("gc")(gc.gc)
+app.command("inventory")(ops.inventory)
 
 
 def _version(wanted: bool) -> None:
@@ -65,7 +67,7 @@ def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what goes on inside.")] = False,
 ) -> None:
     """Options of every verb."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(logging.INFO if verbose else logging.WARNING)
 
 
 def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
@@ -74,6 +76,8 @@ def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a polite kill ends what was started, as Ctrl-C does
     try:
+        if command is not app:  # a job has no options of ours before its verb
+            start_logging(logging.WARNING)
         code = command(args=arguments, standalone_mode=False)
     except CellplaneError as error:
         if debug:
@@ -100,7 +104,6 @@ def run_job(verb: Callable[..., None]) -> None:
     """Entry point of `python -m jobs.NAME`: the same function, options and exit codes as the verb of the command line."""
     job = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     job.command()(verb)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.exit(main(None, job))
 
 

@@ -162,3 +162,24 @@ def demo(
 
     result: dict[str, Any] = run_demo(keep=keep, seed=seed, overrides=override or [], say=say)
     answer(result, as_json)
+
+
+def inventory(
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: print it.")] = None,
+) -> None:
+    """What is installed here, as a CycloneDX bill of materials in JSON."""
+    import json
+
+    from cellplane.errors import StorageError
+    from cellplane.inventory import inventory as listed
+
+    text = json.dumps(listed(), indent=1)
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+    say(f"{text.count('bom-ref')} packages in {out}")

@@ -83,7 +83,7 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             data.obsm[f"X_{key_added}"] = latent
-            data.uns["cellplm"] = record(folder, read.report | ({"even": even} if even else {}))
+            data.uns["cellplm"] = record(folder, {**read.report, **({"even": even} if even else {})})
         return latent
 
     @property

@@ -25,6 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from cellplane.config import Config, home
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
+from cellplane.logs import note
 from cellplane.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -334,7 +335,9 @@ class MetricPump:
         return self.run.run_id if self.run else None
 
     def start(self) -> MetricPump:
-        """Begin; returns itself."""
+        """Begin; returns itself. Log lines carry the run's name and Ray's name of the job from here on."""
+        note("run", self.spec.run_key)
+        note("job", str(self.spec.tags["ray_job_id"]) if "ray_job_id" in self.spec.tags else None)
         self._thread.start()
         return self
 

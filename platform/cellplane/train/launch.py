@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cellplane.train.checkpoint import TrainingState, checkpoints_of
 from cellplane.train.checks import origin_of
 from cellplane.train.config import PretrainConfig, WorkersConfig
 from cellplane.train.elastic import Nodes, has_room, resources_of
+from cellplane.train.gauges import GAUGES, Set, exported
 from cellplane.train.identity import DETERMINING as DETERMINING
 from cellplane.train.identity import describe_run as describe_run
 from cellplane.train.identity import full_model_config as full_model_config
@@ -314,5 +315,14 @@ def _worker(settings: dict[str, Any]) -> int:
         ray_train.report(dict(metrics))
 
     size, rank = context.get_world_size(), context.get_world_rank()
-    run_worker(config, size, rank, report, lambda: has_room(config.workers, _nodes(), size))
+    with exported(RunFolder.of(config.run).journal, _gauges(config.run)) if rank == 0 else nullcontext():
+        run_worker(config, size, rank, report, lambda: has_room(config.workers, _nodes(), size))
     return last
+
+
+def _gauges(run: str) -> Set:
+    """Sets a gauge of this run; Ray hands it to Prometheus."""
+    from ray.util.metrics import Gauge
+
+    gauges = {name: Gauge(name, description=told, tag_keys=("run",)) for name, told in GAUGES.items()}
+    return lambda name, value: gauges[name].set(value, {"run": run})
