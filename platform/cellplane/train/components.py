@@ -92,8 +92,8 @@ def _sample(batch: CellBatch, total: float) -> Sample:
     if total:
         found = np.asarray(counts.sum(axis=1)).ravel()
         counts = sparse.csr_matrix(sparse.diags(total / np.where(found > 0, found, 1.0)) @ counts)
-    panels = batch.panels[batch.panel_index.unique()]
-    return Sample(counts.log1p(), panels.any(0).numpy())
+    panels = batch.panels.numpy()[np.unique(batch.panel_index.numpy())]
+    return Sample(counts.log1p(), panels.any(axis=0))
 
 
 def _moments(samples: Sequence[Sample], genes_V: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
