@@ -41,12 +41,8 @@ from cellplane.wire import write_stream as write_stream
 
 log = logging.getLogger(__name__)
 
-RETRIED = (
-    429,
-    500,
-    502,
-    503,
-)  # asked too often or too many at once; a dying ingress replica answers 500; predictions may be repeated safely
+# Asked too often, or too many at once; a dying ingress replica answers 500. Predictions may be repeated safely.
+RETRIED = (429, 500, 502, 503)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -291,7 +287,7 @@ class Client:
                     raise self._unreachable(error) from error
                 log.info("%s did not answer (%s), trying again", self.url, type(error).__name__)
             else:
-                if response.status_code not in RETRIED or attempt == self.retries:
+                if not _may_pass(response) or attempt == self.retries:
                     return _accepted(response)
                 wait_s = _retry_after(response, wait_s)
                 log.info("%s answered %d, trying again", self.url, response.status_code)
@@ -306,6 +302,12 @@ class Client:
 
     def _unreachable(self, error: httpx.TransportError) -> ServiceError:
         return ServiceError(f"nothing answers at {self.url} ({type(error).__name__}); is the endpoint up? start one with `cellplane serve`")
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether asking again may help; a proxy that was just replaced knows no paths yet, and says so in plain text."""
+    nobody_there = response.status_code == 404 and not response.headers.get("content-type", "").startswith("application/json")
+    return response.status_code in RETRIED or nobody_there
 
 
 def _accepted(response: httpx.Response) -> httpx.Response:
