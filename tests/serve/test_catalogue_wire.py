@@ -81,6 +81,7 @@ def test_c55_the_refusal_of_a_long_body_arrives_when_the_sender_listens(front: F
         (None, 1000, 401, "API key"),
         (None, None, 401, "API key"),
     ],
+    ids=["long", "endless", "wrong key", "wrong key, long", "no key", "no key, no length"],
 )
 def test_c55_c82_key_and_size_are_refused_although_the_body_never_comes(
     front: Front, authorization: str | None, declared: int | None, status: int, words: str
