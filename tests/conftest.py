@@ -14,6 +14,7 @@ import cellplane  # noqa: F401  (sets the OpenMP waiting policy before torch is 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end.
 
