@@ -38,7 +38,7 @@ demo: venv  ## the whole way once, from real cells to a served answer
 	@$(BIN)/cellplane demo $(ARGS)
 
 test: venv  ## every test but chaos and gpu, in two processes (WORKERS=0: in one)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not chaos and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "not chaos and not gpu" $(ARGS)
 
 fast: venv  ## tests that need no Ray cluster
 	@$(BIN)/python -m pytest -m "not chaos and not gpu and not cluster" $(ARGS)

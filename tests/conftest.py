@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,19 +16,29 @@ import cellplane  # noqa: F401  (sets the OpenMP waiting policy before torch is 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end.
-
-    All that use Ray stay together: with `make test`, one of two processes runs them while the other runs the rest, a file at a time.
-    """
-    items.sort(key=lambda item: (item.get_closest_marker("own_cluster") is None, not _uses_ray(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _uses_ray(item) else item.path.relative_to(ROOT).as_posix()))
+    """Tests with a cluster of their own come first: a process can be in one at a time, and the shared one stays to the end."""
+    items.sort(key=lambda item: (item.get_closest_marker("own_cluster") is None, not _uses_ray(item.path)))
 
 
-def _uses_ray(item: pytest.Item) -> bool:
-    return item.get_closest_marker("cluster") is not None or "ray_cluster" in getattr(item, "fixturenames", ())
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `make test`, one of two processes runs every file that uses Ray, while the other runs the rest, a file at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "ray" if _uses_ray(ROOT / file) else file
+
+    return RayTogether(config, log)
+
+
+@cache
+def _uses_ray(file: Path) -> bool:
+    """Whether a file of tests asks for a cluster, by its text: the process that deals tests out knows no more of them."""
+    text = file.read_text(encoding="utf-8")
+    return any(word in text for word in ("ray_cluster", "mark.cluster", "mark.own_cluster"))
 
 
 @pytest.fixture(scope="session")
