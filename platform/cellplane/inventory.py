@@ -56,10 +56,10 @@ def _component(name: str, distribution: metadata.Distribution) -> dict[str, Any]
 def _licenses(distribution: metadata.Distribution) -> list[dict[str, Any]]:
     """What the package says of its licence: an SPDX expression, else its classifiers, else a short text."""
     about = distribution.metadata
-    if expression := about.get("License-Expression"):
-        return [{"expression": expression}]
+    if "License-Expression" in about:
+        return [{"expression": about["License-Expression"]}]
     classified = [line.rpartition(" :: ")[2] for line in about.get_all("Classifier") or [] if line.startswith("License :: ")]
-    said = (about.get("License") or "").strip()
+    said = (about.get_all("License") or [""])[0].strip()
     names = classified or ([said] if said and len(said) <= LONGEST_LICENSE and "\n" not in said else [])
     return [{"license": {"name": name}} for name in dict.fromkeys(names)]
 

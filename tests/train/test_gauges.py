@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cellplane.tracking.journal import Journal
@@ -63,3 +64,28 @@ def test_trouble_with_gauges_is_told_and_ends_nothing(tmp_path: Path, caplog: py
     with exported(tmp_path / "journal.jsonl", refuses, every_s=60):
         pass
     assert "no metrics agent" in caplog.text
+
+
+@pytest.mark.cluster
+def test_prometheus_finds_a_runs_figures_at_rays_port(ray_cluster: None) -> None:
+    import ray
+
+    from cellplane.train.launch import _gauges
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def look(self, step: float) -> None:
+            self.set = getattr(self, "set", None) or _gauges("probe")
+            self.set("cellplane_train_step", step)
+
+    worker = Worker.remote()
+    ray.get(worker.look.remote(41.0), timeout=120)
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url, until = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", time.monotonic() + 90
+    while True:
+        ray.get(worker.look.remote(42.0), timeout=120)
+        lines = [line for line in httpx.get(url, trust_env=False).text.splitlines() if line.startswith("ray_cellplane_train_step{")]
+        if lines and 'run="probe"' in lines[0] and lines[0].endswith(" 42.0"):
+            return
+        assert time.monotonic() < until, lines
+        time.sleep(1)

@@ -26,7 +26,6 @@ from cellplane.data.sentences import PlanConfig, StepPlan, deal
 
 GENES, NONZEROS = 19_374, 1_350  # of the released vocabulary; of a 10x cell
 DATASETS, SAMPLES_OF_EACH = 200, 50
-
 SHARD_BYTES = 256 << 20  # configs/data/default.yaml
 STEP_S = 0.0376  # of 64 H100, as `cellplane plan` expects (docs/scale.md); nobody has measured it
 STEPS = 100_000
@@ -61,7 +60,8 @@ class PlanBenchmark:
         count = max(self.cells // self.sentence, self.shards)
         drawn = np.random.default_rng(0).uniform(0.05, 1.95, count)
         ends = np.floor(np.cumsum(drawn) * (self.cells / drawn.sum()) + 0.5).astype(np.int64)
-        return np.maximum(np.diff(ends, prepend=0), 1)
+        sizes: NDArray[np.int64] = np.maximum(np.diff(ends, prepend=0), 1)
+        return sizes
 
     def manifest(self) -> Manifest:
         """What a conversion of so many cells would leave."""
