@@ -178,6 +178,7 @@ def test_a_slurm_job_starts_ray_with_a_token_of_its_own_and_takes_both_down(slur
     seen = Path(slurm["SEEN"]).read_text().splitlines()
     starts = [line for line in seen if line.startswith("ray start")]
     assert len(starts) == 2
+    starts.sort(key=lambda line: "--head" not in line)  # written down by two processes
     assert "--head" in starts[0]
     assert f"--port={20000 + 4711 % 4000 * 8}" in starts[0]
     address = re.search(r"--address=(\S+)", starts[1])
@@ -193,6 +194,35 @@ def test_a_slurm_job_starts_ray_with_a_token_of_its_own_and_takes_both_down(slur
 def test_a_slurm_job_ends_with_the_code_of_its_verb(slurm: dict[str, str]) -> None:
     slurm["VERB"] = "exit 3"
     assert subprocess.run(["bash", str(SLURM), "finetune"], env=slurm, capture_output=True, timeout=60).returncode == 3
+
+
+def test_a_head_that_ends_while_it_starts_ends_the_job_as_unreachable(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "ray").write_text('#!/bin/bash\necho "ray $*" >> "$SEEN"\nexit 1\n')
+    done = subprocess.run(["bash", str(SLURM), "pretrain"], env=slurm, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert "Ray's head ended while it started" in done.stderr
+    assert not list((Path(slurm["CELLPLANE_HOME"]) / "slurm").iterdir())
+    assert "cellplane" not in Path(slurm["SEEN"]).read_text()
+
+
+def test_nodes_that_do_not_come_end_the_job_as_unreachable(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "python").write_text("#!/bin/bash\ncat > /dev/null; exit 1\n")
+    done = subprocess.run(["bash", str(SLURM), "pretrain"], env=slurm, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert "not all nodes came" in done.stderr
+    assert Path(slurm["SEEN"]).read_text().count("ended") == 2
+
+
+def test_a_warning_before_the_verb_runs_ends_the_job_at_once(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "python").write_text('#!/bin/bash\necho waits >> "$SEEN"\nwhile :; do sleep 0.05; done\n')
+    with subprocess.Popen(["bash", str(SLURM), "pretrain"], env=slurm, stderr=subprocess.DEVNULL) as job:
+        until = time.monotonic() + 30
+        while not (Path(slurm["SEEN"]).exists() and "waits" in Path(slurm["SEEN"]).read_text().split()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 143
+    assert not list((Path(slurm["CELLPLANE_HOME"]) / "slurm").iterdir())
 
 
 def test_a_slurm_job_without_a_verb_says_so(slurm: dict[str, str]) -> None:
