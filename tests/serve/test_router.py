@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from cellplane.tracking.runs import RunSpec, TrackedRun, connect, local_uri
 from serve import router as router_module
 from serve.deployment import ServeConfig
 from serve.router import Router
-from serve.routes import Version
+from serve.routes import Table, Version
 from tests.serve.test_rollout import Diary
 
 NAME, SERVED = "registered", "m"
@@ -202,6 +203,7 @@ def test_a_router_that_comes_back_goes_on_where_it_was(
     router.put(config())
     promote(NAME, 2, uri)
     until(lambda: pointing(router) == {"champion": "2", "previous": "1"})
+    until(lambda: Table.from_json(json.loads((tmp_path / "routes.json").read_text())["table"]).models[NAME].aliases["champion"] == "2")
     assert (tmp_path / "routes.json").stat().st_mode & 0o777 == 0o600
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "routes.json").write_bytes((tmp_path / "routes.json").read_bytes())

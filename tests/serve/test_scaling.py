@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -40,7 +41,11 @@ def endpoint(ray_cluster: None, model_path: Path) -> Iterator[Deployed]:
 
 def processes(name: str) -> int:
     """Processes of this test's own cluster that hold this deployment."""
-    return sum(name in " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True) if process.is_running())
+    found = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may end while we look
+            found += name in " ".join(process.cmdline())
+    return found
 
 
 def until(what: Callable[[], bool], seconds: float = 120.0) -> float:

@@ -22,7 +22,7 @@ from cellplane.model.config import identifying
 from cellplane.tracking.journal import Journal, JournalRow
 from cellplane.train.checkpoint import Checkpoints, TrainingState
 from cellplane.train.config import CheckpointConfig
-from cellplane.train.identity import DETERMINING, run_identity
+from cellplane.train.identity import SECTIONS, run_identity
 from cellplane.train.loop import Keeping, Looking, train
 from cellplane.train.objective import Work
 from cellplane.train.step import StepResult
@@ -108,7 +108,7 @@ def test_an_error_of_a_step_or_an_early_end_leaves_no_thread_behind():
 
 def test_weights_of_sentences_change_a_run_and_their_absence_leaves_an_earlier_one_as_it_was(run_config):
     config = run_config("w")
-    earlier = {name: identifying(to_plain(config)[name]) for name in DETERMINING}
+    earlier = {name: identifying(to_plain(config)[name]) for name in SECTIONS}
     del earlier["plan"]["weights"]
     earlier["data"] = read_manifest(Path(config.shards)).fingerprint
     assert run_identity(config) == sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
