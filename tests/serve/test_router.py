@@ -196,6 +196,12 @@ def test_an_ingress_hears_of_a_change_at_once(router: Router, config: Callable[.
     assert router.changed(router.table().epoch, 0.01) == router.table()
 
 
+def written(path: Path) -> dict[str, str]:
+    """The aliases of the one model in a router's own file."""
+    (model,) = Table.from_json(json.loads(path.read_text(encoding="utf-8"))["table"]).models.values()
+    return dict(model.aliases)
+
+
 def test_a_router_that_comes_back_goes_on_where_it_was(
     router: Router, config: Callable[..., ServeConfig], uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +209,7 @@ def test_a_router_that_comes_back_goes_on_where_it_was(
     router.put(config())
     promote(NAME, 2, uri)
     until(lambda: pointing(router) == {"champion": "2", "previous": "1"})
-    until(lambda: Table.from_json(json.loads((tmp_path / "routes.json").read_text())["table"]).models[NAME].aliases["champion"] == "2")
+    until(lambda: written(tmp_path / "routes.json") == {"champion": "2", "previous": "1"})
     assert (tmp_path / "routes.json").stat().st_mode & 0o777 == 0o600
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "routes.json").write_bytes((tmp_path / "routes.json").read_bytes())
