@@ -132,7 +132,7 @@ def test_c78_more_than_can_wait_are_told_when_to_come_back(front: Front) -> None
 @pytest.mark.parametrize("where", ["annotate", "folder"])
 def test_c81_a_bug_tells_the_request_id_and_nothing_else(app: ASGIApp, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("secret in /work/serve/tasks.py")
+        raise RuntimeError("secret in /srv/tasks.py")
 
     monkeypatch.setattr(Predictor, where, broken if where == "annotate" else property(broken), raising=False)
     for name in ("json", "oip", "mlflow"):
