@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 APP, INGRESS = "cellplane", "ingress"
 KEYS_VARIABLE = "CELLPLANE_API_KEYS_FILE"
 ATTEMPTS = 4  # of one call: after a replica died; all copies may die at once, and each is found dead by a call
-INGRESS_ONGOING = 256  # requests being read or waiting; the model's own queue is the narrower limit
+INGRESS_ONGOING = 256  # requests being read or waiting, at least; the guard's own limit is the narrower one
 TABLE_WAIT_S = 10.0  # one question to the router about a newer table
 ROUTER_RETRY_S = 0.5
 
@@ -99,7 +99,8 @@ class Handles:
                 log.warning("a replica of %s:%s died under a call (%s, attempt %d)", model, label, method, attempt)
                 self._meters.add("cellplane_replica_deaths_total", {"model": model, "version": label})
                 died = error
-            except (BackPressureError, DeploymentUnavailableError, RayServeException) as error:
+            except RayServeException as error:
+                log.warning("%s:%s took no call (%s, %s)", model, label, method, type(error).__name__)
                 raise refuse(503, "every copy of the model is busy or starting; try again soon") from error
             except RayTaskError as error:
                 if isinstance(error.cause, CellplaneError):
@@ -141,13 +142,16 @@ def deploy(config: ServeConfig) -> Deployed:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     before = serve.status()
     config = _with_port(config, running=bool(before.proxies))
-    url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     try:
         router = start_router()
-        target = serve.RunTarget(target=ingress_of(config), name=APP, route_prefix="/")
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        if APP not in before.applications:
+            _run_ingress(config)  # it starts while the model loads
         version = told(router.put.remote(config), None)
+        if APP in before.applications:
+            _run_ingress(config)  # only now: a model that is refused changes nobody's limits or keys
         wait_until_running(APP, config.startup_timeout_s, "is the machine very busy?")
         _wait_for_answer(config, url, version)
     except BaseException:
@@ -158,13 +162,18 @@ def deploy(config: ServeConfig) -> Deployed:
     return Deployed(url, config.name, version)
 
 
+def _run_ingress(config: ServeConfig) -> None:
+    target = serve.RunTarget(target=ingress_of(config), name=APP, route_prefix="/")
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
 def ingress_of(config: ServeConfig) -> serve.Application:
     """The processes that receive, as this configuration wants them."""
     ingress = serve.deployment(Ingress).options(
         name=INGRESS,
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=INGRESS_ONGOING,
+        max_ongoing_requests=max(INGRESS_ONGOING, 2 * (config.limits().max_in_flight or 0)),
         **lifetimes(config),
     )
     return ingress.bind(config.limits(), config.api_keys_file)
@@ -211,11 +220,11 @@ def _with_keys(config: ServeConfig) -> ServeConfig:
 def _with_port(config: ServeConfig, running: bool) -> ServeConfig:
     """The configuration with a port that is free, or on which this cluster's Serve already listens."""
     if running:
-        with closing(socket.socket()) as probe:
+        with closing(_socket_for(config)) as probe:
             if config.port == 0 or probe.connect_ex((config.host, config.port)) != 0:
                 raise ServiceError("Serve already runs on this cluster at another address; name that port, or undeploy first")
         return config
-    with closing(socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)) as probe:
+    with closing(_socket_for(config)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((config.host, config.port))
@@ -223,6 +232,10 @@ def _with_port(config: ServeConfig, running: bool) -> ServeConfig:
             reason = f"cannot listen on {config.host}:{config.port} ({error.strerror})"
             raise PortInUseError(f"{reason}; choose another port, or 0 for a free one") from error
         return config.model_copy(update={"port": probe.getsockname()[1]})
+
+
+def _socket_for(config: ServeConfig) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
 
 
 def _wait_for_answer(config: ServeConfig, url: str, version: str) -> None:

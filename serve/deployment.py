@@ -67,7 +67,8 @@ class ServeConfig(Config):
     max_cells_per_forward: Annotated[int, Field(ge=1)] = 2048
     """Cells that are computed together, of however many requests; a larger request is computed in parts."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 64
-    """Requests that may wait for a copy; more get 503 with Retry-After."""
+    """Requests that may wait for a copy; more get 503 with Retry-After. Where several models are served, the one served last decides
+    how many requests the endpoint holds in all."""
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20
     """Time for requests in flight when the endpoint goes or changes its version."""
     startup_timeout_s: Annotated[float, Field(gt=0)] = 180
@@ -102,5 +103,5 @@ class ServeConfig(Config):
             max_genes=self.max_genes,
             request_timeout_s=self.request_timeout_s,
             requests_per_minute=None if self.requests_per_minute is None else -(-self.requests_per_minute // self.ingress_replicas),
-            max_in_flight=self.most_replicas * self.max_ongoing_requests + self.max_queued_requests,
+            max_in_flight=-(-(self.most_replicas * self.max_ongoing_requests + self.max_queued_requests) // self.ingress_replicas),
         )

@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from cellplane.artifact.judgement import UNKNOWN
 from cellplane.errors import CellplaneError, ServiceError
 
+from .limits import status_of
 from .meters import Meters
 from .replica import Answer
-from .routes import Route, Table
+from .routes import CHAMPION, Route, Table
 from .tasks import Question
 
 log = logging.getLogger(__name__)
 
+READY_TIMEOUT_S = 5.0  # a probe must not hang on a busy model
+LOAD_TIMEOUT_S = 2.0  # nor a scrape on a version whose copies are gone
 SHADOWS_AT_ONCE = 4  # copies in flight; more are skipped, so that a slow shadow never slows the champion
 SAME = 1e-3  # answers of a shadow that differ by less count as the same
 
@@ -44,12 +47,16 @@ class Front:
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def ready(self) -> None:
-        """ServiceError 503 unless every model's champion answers."""
-        table = self.table()
-        routes = [table.route(name) for name in table.models]
-        if not routes:
+        """ServiceError 503 unless every champion answers, soon; a model that is still loading keeps nobody from asking the others."""
+        named = [(name, model.aliases.get(CHAMPION, ""), model) for name, model in self.table().models.items()]
+        champions = [(name, label) for name, label, model in named if label in model.versions and model.versions[label].state == "ready"]
+        if not champions:
             raise ServiceError("no model is served yet; try again soon", 503)
-        await asyncio.gather(*(self._ask(route.model, route.version.label, "describe") for route in routes))
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await asyncio.gather(*(self._ask(name, label, "load") for name, label in champions))
+        except (TimeoutError, CellplaneError) as error:
+            raise ServiceError("the model does not answer yet; try again soon", 503) from error
 
     async def models(self) -> list[dict[str, Any]]:
         """Every version that answers, champions first."""
@@ -60,7 +67,7 @@ class Front:
             for label, version in sorted(model.versions.items(), key=lambda item: "champion" not in model.aliases_of(item[0]))
             if version.state == "ready"
         ]
-        return [await self._described(table, name, label) for name, label in references]
+        return await asyncio.gather(*(self._described(table, name, label) for name, label in references))
 
     def versions(self) -> list[dict[str, Any]]:
         """Every version there is or was tried: its state, why it failed, its aliases and its share of the requests."""
@@ -86,7 +93,8 @@ class Front:
     async def metrics(self) -> str:
         """Counts of this ingress for Prometheus, and how many requests each version put into a forward (one replica of it is asked)."""
         ready = [(name, label) for name, model in self.table().models.items() for label, v in model.versions.items() if v.state == "ready"]
-        loads = await asyncio.gather(*(self._ask(name, label, "load") for name, label in ready), return_exceptions=True)
+        asked = (asyncio.wait_for(self._ask(name, label, "load"), LOAD_TIMEOUT_S) for name, label in ready)
+        loads = await asyncio.gather(*asked, return_exceptions=True)
         for (name, label), load in zip(ready, loads, strict=True):
             if isinstance(load, dict):
                 for what, count in load.items():
@@ -119,8 +127,7 @@ class Front:
         try:
             answer: Answer = await self._ask(route.model, route.version.label, "predict", question)
         except CellplaneError as error:
-            status = error.status if isinstance(error, ServiceError) else 422
-            self.meters.add("cellplane_requests_total", {**labels, "status": str(status)})
+            self.meters.add("cellplane_requests_total", {**labels, "status": str(status_of(error))})
             raise
         self.meters.time(labels, time.perf_counter() - began)
         self._count(labels, answer, question.cells.n_cells)
@@ -156,11 +163,12 @@ class Front:
     async def _ask_shadow(self, model: str, shadow: str, question: Question, answer: Answer) -> None:
         try:
             other: Answer = await self._ask(model, shadow, "predict", question)
+            same = await asyncio.to_thread(_agree, answer, other)
         except Exception as error:  # nobody waits for a shadow: its trouble is counted, and told in the log
             log.warning("the shadow %s:%s failed: %s", model, shadow, type(error).__name__)
             self._note_shadow(model, shadow, "failed")
             return
-        self._note_shadow(model, shadow, "same" if _agree(answer, other) else "other")
+        self._note_shadow(model, shadow, "same" if same else "other")
 
     def _note_shadow(self, model: str, shadow: str, outcome: str) -> None:
         self.meters.add("cellplane_shadow_requests_total", {"model": model, "version": shadow, "outcome": outcome})

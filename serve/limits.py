@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cellplane.client import ARROW_TYPE, JSON_TYPE
-from cellplane.errors import ServiceError
+from cellplane.errors import ServiceError, VocabularyError
 
 from .meters import Meters
 from .security import ApiKeys
@@ -73,6 +73,13 @@ class Limits:
 def refuse(status: int, message: str) -> ServiceError:
     """The error that becomes this HTTP status and message."""
     return ServiceError(message, status)
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status of an error that a model's replica raised; 500 for what was not foreseen."""
+    if isinstance(error, ServiceError) and error.status:
+        return error.status
+    return 422 if isinstance(error, VocabularyError) else 500
 
 
 def error_body(status: int, message: str, path: str = "") -> bytes:

@@ -19,12 +19,12 @@ from starlette.requests import ClientDisconnect
 from cellplane import __version__
 from cellplane.client import ARROW_TYPE, JSON_TYPE
 from cellplane.data.config import DataKeys
-from cellplane.errors import CellplaneError, ServiceError, VocabularyError
+from cellplane.errors import CellplaneError, ServiceError
 
 from .codec import CellsBody, decode, encode
 from .document import Live, Ready, documented, predicted
 from .front import Front
-from .limits import REQUEST_ID, Limits, content_type_of, error_body, error_headers, refuse
+from .limits import REQUEST_ID, Limits, content_type_of, error_body, error_headers, refuse, status_of
 from .meters import TEXT_TYPE
 from .options import read_options
 from .protocols import ProtocolPaths
@@ -32,7 +32,6 @@ from .tasks import Question
 
 log = logging.getLogger(__name__)
 
-READY_TIMEOUT_S = 5.0  # a probe must not hang on a busy model
 HINTS = {404: "there is no such path; /openapi.json lists those there are", 405: "this path does not take that method"}
 
 
@@ -146,11 +145,7 @@ class NativePaths:
 
     async def ready(self) -> dict[str, bool]:
         """Every model's champion answers."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self.served.ready()
-        except (TimeoutError, CellplaneError) as error:
-            raise refuse(503, "the model does not answer yet; try again soon") from error
+        await self.served.ready()
         return {"ready": True}
 
     async def models(self) -> dict[str, Any]:
@@ -203,12 +198,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
     request_id = request.scope.get(REQUEST_ID)
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, HINTS.get(error.status_code, str(error.detail)), dict(error.headers or {})
-    elif isinstance(error, ServiceError) and error.status:
-        status, message = error.status, error.message
-    elif isinstance(error, VocabularyError):
-        status, message = 422, str(error)
     elif isinstance(error, ClientDisconnect):
         status, message = 400, "the connection closed before the body was complete"
+    elif (status := status_of(error)) != 500:
+        message = error.message if isinstance(error, ServiceError) else str(error)
     else:
         log.error("request %s failed: %s", request_id, type(error).__name__)
         status, message = 500, f"something went wrong here; report request id {request_id}"

@@ -45,7 +45,7 @@ def read_options(task: str, given: Mapping[str, Scalar]) -> Options:
             raise refuse(422, f"{task} takes no parameter {name[:40]!r}; it takes {', '.join(readers) or 'none'}")
         try:
             found[name] = readers[name](value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise refuse(422, f"parameter {name!r}: {error}") from None
     return Options(**found)
 

@@ -65,7 +65,7 @@ def perturbation_of(state: Fitted, store: MemoryStore, cells: Cells, asked: Aske
         state.meaning(name, config)
     n, genes = cells.n_cells, len(state.genes.labels)
     group = np.full(n, EVERYBODY, dtype=object) if cells.batch is None else cells.batch.astype(str).astype(object)
-    rows = len(names) * (len(set(group)) if asked.by_group else 1)
+    rows = len(names) * len(set(group))  # averaging over groups comes after
     if rows * genes * 4 * len(TABLES) > max_bytes or len(names) * n > MOST_FORWARD_CELLS:
         raise refuse(413, f"{len(names)} perturbations of {n} control cells are too many for one request; ask for fewer at a time")
     return Perturbation(state.controls(store.table, group, np.full(n, "", dtype=object)), tuple(names), config, asked.by_group)

@@ -14,12 +14,11 @@ from fastapi.responses import PlainTextResponse, Response
 
 from cellplane import __version__
 from cellplane.client import JSON_TYPE
-from cellplane.errors import CellplaneError
 
 from .codec import Cells
 from .document import BYTES_SCHEMA, ModelReady
 from .front import Front
-from .limits import HEADER_LENGTH, OCTETS, REQUEST_ID, Limits, refuse
+from .limits import HEADER_LENGTH, OCTETS, REQUEST_ID, Limits
 from .mlflow_protocol import Invocation, Predictions, decode_invocation, encode_predictions
 from .oip import InferRequest, InferResponse, ModelMetadata, ServerMetadata, decode_inference, encode_inference, metadata
 from .options import Scalar, read_options
@@ -100,10 +99,7 @@ class ProtocolPaths:
 
     async def ping(self) -> PlainTextResponse:
         """Whether every model answers."""
-        try:
-            await self.served.ready()
-        except CellplaneError as error:
-            raise refuse(503, "the model does not answer yet; try again soon") from error
+        await self.served.ready()
         return PlainTextResponse("\n")
 
     async def version(self) -> PlainTextResponse:

@@ -102,9 +102,7 @@ class ModelReplica:
         store, genes, warnings = await asyncio.to_thread(to_store, cells, folder.vocabulary, self.loaded.max_cells)
         prepared = await asyncio.to_thread(self._prepare, store, question)
         answers = await self._packer(prepared.computation, prepared.store)
-        columns, told = await asyncio.to_thread(worded, self.loaded, prepared, question, answers)
-        if not all(np.isfinite(values).all() for values in columns.values() if values.dtype != object):
-            raise IntegrityError("the model gave values that are not finite")
+        columns, told = await asyncio.to_thread(self._worded, prepared, question, answers)
         if cells.cell_id is not None and task != "perturb":  # its rows are populations
             columns = {"cell_id": cells.cell_id if prepared.rows is None else cells.cell_id[prepared.rows], **columns}
         about = {
@@ -129,6 +127,12 @@ class ModelReplica:
             raise
         except (DataError, ConfigError) as error:
             raise refuse(422, str(error)) from error
+
+    def _worded(self, prepared: Prepared, question: Question, answers: Answers) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        columns, told = worded(self.loaded, prepared, question, answers)
+        if not all(np.isfinite(values).all() for values in columns.values() if values.dtype != object):
+            raise IntegrityError("the model gave values that are not finite")
+        return columns, told
 
     def _ask(self, computation: Computation, store: PackedStore) -> Answers:
         return compute(self.loaded, computation, store)

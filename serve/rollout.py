@@ -52,11 +52,13 @@ class Rollouts:
         with self._lock:
             turn = self._turns.setdefault(model, threading.Lock())
         with turn:
-            if not self._is_ready(model, version.label):
-                self._start(model, version)
-            if wanted():
-                self.point(model, {alias: version.label})
-            self._retire(model)
+            try:
+                if not self._is_ready(model, version.label):
+                    self._start(model, version)
+                if wanted():
+                    self.point(model, {alias: version.label})
+            finally:
+                self._retire(model)
 
     def point(self, model: str, aliases: Mapping[str, str]) -> None:
         """Move aliases to versions that are ready, in one step; a champion that moves leaves `previous` behind it.
@@ -109,7 +111,18 @@ class Rollouts:
             known = self._known(model)
             left = {name: label for name, label in known.aliases.items() if name != alias}
             self._change(replace(known, aliases=left, challenger_share=0.0 if alias == CHALLENGER else known.challenger_share))
-        self._retire(model)
+        self.tidy(model)
+
+    def tidy(self, model: str) -> None:
+        """Take down what nothing points at; a roll-out in progress, whose newcomer nothing points at yet, does so at its own end."""
+        with self._lock:
+            turn = self._turns.setdefault(model, threading.Lock())
+        if turn.acquire(blocking=False):
+            try:
+                if model in self.table.models:
+                    self._retire(model)
+            finally:
+                turn.release()
 
     def remove(self, model: str) -> None:
         """Take a model down altogether."""

@@ -44,10 +44,10 @@ RETRY_S = 30.0  # after the registry or the cluster failed us
 
 @dataclass(frozen=True)
 class Handled:
-    """What the registry said when a model was last brought in line."""
+    """What a model was last brought in line with: the address of the model of each alias, by the registry or as named."""
 
     config: ServeConfig
-    numbers: Mapping[str, int]
+    addresses: Mapping[str, str]
 
 
 class Router:
@@ -72,10 +72,11 @@ class Router:
         wanted = self._wanted(config)
         with self._lock_of(name):
             before = self._configs.get(name)
-            self._configs[name] = config
+            self._configs[name], self._handled[name] = config, Handled(config, wanted)
             try:
                 self._bring(config, wanted)
             except CellplaneError:
+                self._handled.pop(name, None)
                 self._restore(name, before)
                 raise
         return self.table().models[name].aliases[CHAMPION]
@@ -91,10 +92,17 @@ class Router:
             return self._rollouts.table
 
     def remove(self, name: str) -> None:
-        """Take a model down; ConfigError when it is not served."""
-        self._rollouts.remove(name)
-        self._configs.pop(name, None)
-        self._save()
+        """Take a model down, after the roll-out that may be in progress; ConfigError when it is not served."""
+        with self._lock_of(name):
+            config = self._configs.pop(name, None)  # nobody follows the registry for it any more
+            try:
+                self._rollouts.remove(name)
+            except ConfigError:
+                if config is not None:
+                    self._configs[name] = config
+                raise
+            self._handled.pop(name, None)
+            self._save()
 
     def _restore(self, name: str, before: ServeConfig | None) -> None:
         """After a failure: the configuration of before, and no trace of a model that never answered."""
@@ -137,6 +145,7 @@ class Router:
                 self._rollouts.drop(name, alias)
         challenger = self.table().models[name].aliases.get(CHALLENGER)
         self._rollouts.split(name, config.challenger_share if challenger else 0.0, challenger if config.shadow else None)
+        self._rollouts.tidy(name)
 
     def _ready(self, name: str) -> set[str]:
         model = self.table().models.get(name)
@@ -151,7 +160,7 @@ class Router:
         if not numbers:
             hint = f"set it: cellplane models promote {name} VERSION" if alias == CHAMPION else "set it in MLflow"
             raise ConfigError(f"model {name!r} has no alias {alias!r}; {hint}")
-        return {known: f"{REGISTERED}{name}/{number}" for known, number in numbers.items()}
+        return _addresses(name, numbers)
 
     def _version(self, config: ServeConfig, model: str) -> Version:
         """The version of a model address, downloaded and every file checked against its sha256."""
@@ -191,7 +200,8 @@ class Router:
         except CellplaneError as error:
             log.warning("the registry does not answer, so %s stays as it is: %s", config.name, error)
             return
-        now = Handled(config, numbers)
+        addresses = _addresses(registered, numbers)
+        now = Handled(config, addresses)
         if not numbers or self._handled.get(config.name) == now or config.name not in self.table().models:
             return
         labels = {alias: str(number) for alias, number in numbers.items()}
@@ -200,11 +210,12 @@ class Router:
             self._point(config, labels)
         elif (turn := self._lock_of(config.name)).acquire(blocking=False):
             self._handled[config.name] = now
-            threading.Thread(target=self._bring_in_turn, args=(config, turn), daemon=True).start()
+            threading.Thread(target=self._bring_in_turn, args=(config, addresses, turn), daemon=True).start()
 
-    def _bring_in_turn(self, config: ServeConfig, turn: threading.Lock) -> None:
+    def _bring_in_turn(self, config: ServeConfig, addresses: Mapping[str, str], turn: threading.Lock) -> None:
         try:
-            self._bring(config, self._wanted(config))
+            if self._configs.get(config.name) is config:  # it may have been taken down meanwhile
+                self._bring(config, addresses)
         except CellplaneError as error:
             log.error("model %s stays as it is: %s", config.name, error)
             if isinstance(error, ServiceError):  # the registry or the cluster may do better later; a damaged model will not
@@ -303,4 +314,12 @@ def _wanted_numbers(config: ServeConfig, aliases: Mapping[str, int]) -> dict[str
     if followed != CHAMPION:
         return {CHAMPION: aliases[followed], followed: aliases[followed]}
     kept = [alias for alias in (CHAMPION, CHALLENGER, PREVIOUS) if alias != PREVIOUS or config.keep_previous]
-    return {alias: aliases[alias] for alias in kept if alias in aliases}
+    found = {alias: aliases[alias] for alias in kept if alias in aliases}
+    if found.get(PREVIOUS) == found[CHAMPION]:  # the registry stands between the two steps of a promotion
+        del found[PREVIOUS]  # the table's own stays as it is
+    return found
+
+
+def _addresses(registered: str, numbers: Mapping[str, int]) -> dict[str, str]:
+    """The address of the model each alias should point at."""
+    return {alias: f"{REGISTERED}{registered}/{number}" for alias, number in numbers.items()}

@@ -75,6 +75,13 @@ class ServeStage:
 
     def start(self, model: str, version: Version) -> None:
         """See Stage: returns once every replica is up; ServiceError, or IntegrityError for a damaged model, with the reason."""
+        try:
+            self._start(model, version)
+        except (ray.exceptions.RayError, RayServeException) as error:
+            name = application_name(model, version.label)
+            raise ServiceError(f"the cluster did not start {name}: {type(error).__name__}") from error
+
+    def _start(self, model: str, version: Version) -> None:
         config, name = self._config_of(model), application_name(model, version.label)
         if going := self._going.pop(name, None):
             going.cancel()

@@ -136,14 +136,17 @@ def test_the_secrets_of_compose_are_files_that_git_never_sees() -> None:
 
 # Slurm: the script itself runs, on one machine, with Slurm's commands and Ray's replaced by ones that write down what they were asked
 
+BOTH_CAME = 'cat > /dev/null\nuntil [ "$(grep -c "^ray start" "$SEEN")" -ge 2 ]; do sleep 0.05; done'
+
 STUBS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
     "scontrol": "printf 'node1\\nnode2\\n'",
-    "ray": 'echo "ray $* mode=$RAY_AUTH_MODE token=$RAY_AUTH_TOKEN_PATH" >> "$SEEN"\n'
-    'case "$1" in start) trap "echo ended >> $SEEN; exit 0" TERM; while :; do sleep 0.05; done ;; esac',
-    "python": "cat > /dev/null",
-    "cellplane": 'echo "cellplane $* at $RAY_ADDRESS" >> "$SEEN"\nstat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$SEEN"\n'
-    'wc -c < "$RAY_AUTH_TOKEN_PATH" >> "$SEEN"\neval "$VERB"',
+    "ray": '[ "$1" != start ] || trap "echo ended >> $SEEN; exit 0" TERM\n'
+    'echo "ray $* mode=$RAY_AUTH_MODE token=$RAY_AUTH_TOKEN_PATH" >> "$SEEN"\n'
+    '[ "$1" != start ] || while :; do sleep 0.05; done',
+    "python": BOTH_CAME,
+    # one line: every one of them writes into the same file, at the same time
+    "cellplane": 'echo "cellplane $* at $RAY_ADDRESS token $(stat -c "%a %s" "$RAY_AUTH_TOKEN_PATH")" >> "$SEEN"\neval "$VERB"',
 }
 
 
@@ -183,10 +186,9 @@ def test_a_slurm_job_starts_ray_with_a_token_of_its_own_and_takes_both_down(slur
     assert f"--port={20000 + 4711 % 4000 * 8}" in starts[0]
     address = re.search(r"--address=(\S+)", starts[1])
     assert address is not None
-    assert f"cellplane pretrain -o run=mine at {address[1]}" in seen
+    assert f"cellplane pretrain -o run=mine at {address[1]} token 600 64" in seen
     token = f"{slurm['CELLPLANE_HOME']}/slurm/4711.token"
     assert all(f"mode=token token={token}" in line for line in starts)
-    assert seen[seen.index(f"cellplane pretrain -o run=mine at {address[1]}") + 1 :][:2] == ["600", "64"]
     assert not Path(token).exists()
     assert seen.count("ended") == 2, "what the job started is still there"
 
@@ -206,7 +208,7 @@ def test_a_head_that_ends_while_it_starts_ends_the_job_as_unreachable(slurm: dic
 
 
 def test_nodes_that_do_not_come_end_the_job_as_unreachable(slurm: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "bin" / "python").write_text("#!/bin/bash\ncat > /dev/null; exit 1\n")
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/bash\n{BOTH_CAME}\nexit 1\n")
     done = subprocess.run(["bash", str(SLURM), "pretrain"], env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4
     assert "not all nodes came" in done.stderr
@@ -232,13 +234,12 @@ def test_a_slurm_job_without_a_verb_says_so(slurm: dict[str, str]) -> None:
 
 
 def test_slurms_warning_before_the_end_reaches_the_verb(slurm: dict[str, str]) -> None:
-    slurm["VERB"] = 'trap "echo saved >> $SEEN; exit 130" TERM; while :; do sleep 0.05; done'
+    slurm["VERB"] = 'trap "echo saved >> $SEEN; exit 130" TERM; echo ready >> $SEEN; while :; do sleep 0.05; done'
     with subprocess.Popen(["bash", str(SLURM), "pretrain"], env=slurm, stderr=subprocess.DEVNULL) as job:
         until = time.monotonic() + 30
-        while not (Path(slurm["SEEN"]).exists() and "64" in Path(slurm["SEEN"]).read_text().split()):
+        while not (Path(slurm["SEEN"]).exists() and "ready" in Path(slurm["SEEN"]).read_text().split()):
             assert time.monotonic() < until
             time.sleep(0.05)
-        time.sleep(0.2)
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=30) == 130
     assert "saved" in Path(slurm["SEEN"]).read_text().split()

@@ -45,6 +45,7 @@ from cellplane.inference import (
     rates_of,
     record,
 )
+from cellplane.results import same_call
 from cellplane.tracking.registry import resolve_model
 
 ANSWERS: dict[str, tuple[Literal["obsm", "layers"], str]] = {  # what an answer to each task holds, and where
@@ -113,7 +114,7 @@ def predict_with(config: PredictConfig, answer_all: Callable[[list[Task]], Itera
     """The same, with ``answer_all`` calling `answer_task` on every task, in any order, wherever it likes."""
     inputs, model, sha256 = check_predict(config)
     targets = dict(zip(inputs, targets_of(config, inputs), strict=True))
-    todo = [path for path in inputs if not _is_done(path, targets[path], sha256, config.task)]
+    todo = [path for path in inputs if not _is_done(path, targets[path], sha256, config)]
     tasks = [{"input": str(path.absolute()), "out": str(targets[path]), "model": str(model.absolute())} for path in todo]
     settings = {"task": config.task, "context": config.context, "keys": config.keys.model_dump_json(), "home": str(home())}
     _sweep([targets[path] for path in todo])
@@ -150,17 +151,17 @@ def targets_of(config: PredictConfig, inputs: Sequence[Path]) -> list[Path]:
     return targets
 
 
-def _is_done(source: Path, target: Path, sha256: str, task: str) -> bool:
-    """Whether the answer is there, of this model, to this task, about the input as it is now."""
+def _is_done(source: Path, target: Path, sha256: str, config: PredictConfig) -> bool:
+    """Whether the answer is there, of this model, to this task, in this company, about the input as it is now."""
     if not is_table(target):
-        return answered(source, target, sha256, ANSWERS[task])
+        return answered(source, target, sha256, ANSWERS[config.task], config.context)
     if not target.is_file() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
         return False
     try:
         said = read_record(target)
     except DataError:
         return False
-    return bool(said.get(RECORD, {}).get("model_sha256") == sha256 and said.get(PLACE) == _place(task))
+    return same_call(said.get(RECORD, {}), sha256, config.context) and said.get(PLACE) == _place(config.task)
 
 
 def _place(task: str) -> dict[str, str]:

@@ -202,6 +202,8 @@ class Client:
         """
         asked = self._asked(adata, model, keys, {key: value for key, value in (options or {}).items() if key != "by_group"})
         names = list(asked.served["perturbations"] if perturbations is None else perturbations)
+        if not names:
+            raise ConfigError("name at least one perturbation")
         if listed := [name for name in names if "," in name]:
             raise ConfigError(f"{listed[0]!r} holds a comma, which stands between perturbations on the wire; rename it")
         answers = []

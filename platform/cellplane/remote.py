@@ -15,10 +15,11 @@ from typing import Any, Literal
 from cellplane.batch import ANSWERS, PredictReport
 from cellplane.client import Client, Options, Progress, quiet
 from cellplane.data.config import DataKeys
+from cellplane.data.files import gone_if_empty
 from cellplane.data.inputs import check_answers
 from cellplane.data.sources import AnnData, query_keys, read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
-from cellplane.results import answered
+from cellplane.results import ONLY_SOME, answered
 
 KEY_VARIABLE = "CELLPLANE_API_KEY"  # of a caller; a key on the command line would be seen by everybody
 OF_THE_CELLS = (413, 422)  # what an endpoint says to one file and not to the next
@@ -43,9 +44,8 @@ def predict_remote(remote: Remote, inputs: Sequence[Path], out: Path, progress: 
     ConfigError for a task the model has not, two inputs of one name or an answer that would overwrite its input.
     """
     check_answers(inputs, out)
-    out.mkdir(parents=True, exist_ok=True)
     written, reused, failed, cells = [], [], dict[str, str](), 0
-    with Client(remote.url, os.environ.get(KEY_VARIABLE)) as client:
+    with gone_if_empty(out), Client(remote.url, os.environ.get(KEY_VARIABLE)) as client:
         served = _served(client, remote)
         exact, holds = f"{served['name']}:{served['version']}", ANSWERS.get(remote.task, ("uns", "cellplm"))
         for path in inputs:
@@ -68,33 +68,27 @@ def predict_remote(remote: Remote, inputs: Sequence[Path], out: Path, progress: 
 
 def _served(client: Client, remote: Remote) -> dict[str, Any]:
     """The version that is asked for the whole run, whatever is promoted meanwhile."""
-    if not remote.model:
-        names = sorted({model["name"] for model in client.models()})
-        if len(names) != 1:
-            raise ConfigError(f"name the model with --model: {', '.join(names) or 'none'} is served at {remote.url}")
-        return client.model(names[0])
-    served = client.model(remote.model)
+    served = client.model(remote.model or _only(client, remote.url))
     if remote.task not in served["tasks"]:
-        raise ConfigError(f"{remote.model} cannot {remote.task}, it can {', '.join(served['tasks'])}")
+        raise ConfigError(f"{served['name']} cannot {remote.task}, it can {', '.join(served['tasks'])}")
     return served
+
+
+def _only(client: Client, url: str) -> str:
+    """The name of the one model that is served."""
+    names = sorted({str(model["name"]) for model in client.models()})
+    if len(names) != 1:
+        raise ConfigError(f"name the model with --model: {', '.join(names) or 'none'} is served at {url}")
+    return names[0]
 
 
 def _keys(data: AnnData, remote: Remote) -> DataKeys | None:
     return None if remote.keys is None else query_keys(data, remote.keys)
 
 
-def _annotate(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
-    client.annotate(data, model, _keys(data, remote), remote.options, progress)
-    return data
-
-
-def _embed(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
-    client.embed(data, model, _keys(data, remote), remote.options, progress)
-    return data
-
-
-def _denoise(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
-    client.denoise(data, model, _keys(data, remote), remote.options, progress)
+def _written(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
+    """The cells with their answers in them."""
+    getattr(client, remote.task)(data, model, _keys(data, remote), remote.options, progress)
     return data
 
 
@@ -103,13 +97,16 @@ def _impute(client: Client, data: AnnData, model: str, remote: Remote, progress:
 
 
 def _perturb(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
-    return client.perturb(data, model, remote.perturbations, None, remote.options, progress)
+    found = client.perturb(data, model, remote.perturbations, None, remote.options, progress)
+    if remote.perturbations is not None:
+        found.uns["cellplm"][ONLY_SOME] = True
+    return found
 
 
 ASKED: dict[str, Callable[[Client, AnnData, str, Remote, Progress], AnnData]] = {
-    "annotate": _annotate,
-    "embed": _embed,
-    "denoise": _denoise,
+    "annotate": _written,
+    "embed": _written,
+    "denoise": _written,
     "impute": _impute,
     "perturb": _perturb,
 }

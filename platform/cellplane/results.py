@@ -6,13 +6,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
+from cellplane.data.company import Context
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, read_h5ad
 from cellplane.errors import DataError
@@ -97,8 +98,22 @@ def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def answered(source: Path, answer: Path, sha256: str, holds: tuple[str, str] = ("uns", "cellplm")) -> bool:
-    """Whether ``answer`` is what the model of this checksum wrote about ``source`` as it is now, with ``holds`` (place, key) in it."""
+ONLY_SOME = "only_some"  # key of a record whose caller named what to answer, so that it stands for no other call
+
+
+def same_call(said: Mapping[str, Any], sha256: str, context: Context) -> bool:
+    """Whether a record is of this model, asked about everything, in this company; what a record does not say is as usual."""
+    told = said.get("context", "own")
+    told = str(told.get("choice", "own") if isinstance(told, Mapping) else told)
+    named = next((name for name in get_args(Context) if told.startswith(name)), "own")
+    return bool(said.get("model_sha256") == sha256) and named == context and not said.get(ONLY_SOME)
+
+
+def answered(source: Path, answer: Path, sha256: str, holds: tuple[str, str] = ("uns", "cellplm"), context: Context = "own") -> bool:
+    """Whether ``answer`` is what the model of this checksum wrote about ``source`` as it is now, with ``holds`` (place, key) in it.
+
+    An answer in another company, or about some perturbations alone, is another one.
+    """
     if not answer.is_file() or answer.stat().st_mtime_ns < source.stat().st_mtime_ns:
         return False
     try:
@@ -107,6 +122,6 @@ def answered(source: Path, answer: Path, sha256: str, holds: tuple[str, str] = (
         return False
     try:
         place, key = holds
-        return key in getattr(adata, place) and bool(adata.uns.get("cellplm", {}).get("model_sha256") == sha256)
+        return key in getattr(adata, place) and same_call(adata.uns.get("cellplm", {}), sha256, context)
     finally:
         adata.file.close()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cellplane.errors import IntegrityError, ServiceError
+from serve import front as front_module
 from serve.codec import Cells
 from serve.front import SHADOWS_AT_ONCE, Front
 from serve.meters import Meters
@@ -157,6 +158,27 @@ def test_every_version_is_listed_with_its_part_and_a_failed_one_with_its_reason(
     assert [row["version"] for row in asyncio.run(front.models())] == ["1", "2"]
     assert 'cellplane_forward_requests_total{model="m",version="1"} 5' in asyncio.run(front.metrics())
     assert front.only() == "m"
+
+
+def test_a_model_that_still_loads_keeps_nobody_from_asking_the_others(replicas: Replicas) -> None:
+    loading = Model("new", {"1": Version("1", "/m/1", state="starting")}, {"champion": "1"}, 0.0, None)
+    front = Front(lambda: table().with_model(loading), replicas)
+    asyncio.run(front.ready())
+    assert replicas.asked == [("1", "load")], "the champion that there is, and not its challenger"
+
+
+def test_a_copy_that_hangs_is_not_ready_and_stops_no_scrape(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(front_module, "LOAD_TIMEOUT_S", 0.05)
+
+    async def hangs(model: str, label: str, method: str, *arguments: object) -> Any:
+        await asyncio.sleep(30)
+
+    front = Front(table, hangs)
+    with pytest.raises(ServiceError, match="try again") as caught:
+        asyncio.run(front.ready())
+    assert caught.value.status == 503
+    assert "cellplane_forward_total{" not in asyncio.run(front.metrics())
 
 
 def test_without_a_model_nothing_is_ready(replicas: Replicas) -> None:

@@ -116,6 +116,45 @@ def test_a_broken_version_is_told_about_in_the_registry_and_not_tried_again(
     assert diary.events.count("start 2") == 1
 
 
+def test_a_broken_challenger_is_tried_once(router: Router, config: Callable[..., ServeConfig], uri: str, diary: Diary) -> None:
+    promote(NAME, 1, uri)
+    set_alias(NAME, "challenger", 2, uri)
+    diary.broken = {"2": "check"}
+    assert router.put(config()) == "1"
+    time.sleep(0.3)
+    assert diary.events.count("start 2") == 1
+
+
+def test_between_the_two_steps_of_a_promotion_nothing_is_lost(
+    router: Router, config: Callable[..., ServeConfig], uri: str, diary: Diary
+) -> None:
+    """`previous` is set to the champion first: who looks then must not forget the version that going back would need."""
+    promote(NAME, 1, uri)
+    router.put(config())
+    promote(NAME, 2, uri)
+    until(lambda: pointing(router) == {"champion": "2", "previous": "1"})
+    set_alias(NAME, "previous", 2, uri)
+    time.sleep(0.3)
+    assert pointing(router) == {"champion": "2", "previous": "1"}
+    assert "stop 1" not in diary.events
+    set_alias(NAME, "champion", 1, uri)
+    until(lambda: pointing(router) == {"champion": "1", "previous": "2"})
+    assert diary.events.count("start 1") == 1
+
+
+def test_a_challenger_that_is_promoted_leaves_nothing_loaded_that_nobody_asks(
+    router: Router, config: Callable[..., ServeConfig], uri: str, diary: Diary
+) -> None:
+    promote(NAME, 1, uri)
+    promote(NAME, 2, uri)
+    set_alias(NAME, "challenger", 3, uri)
+    router.put(config())
+    assert pointing(router) == {"champion": "2", "previous": "1", "challenger": "3"}
+    promote(NAME, 3, uri)
+    until(lambda: pointing(router).get("champion") == "3")
+    until(lambda: "stop 1" in diary.events)
+
+
 def test_the_previous_version_is_loaded_too_unless_memory_is_dear(
     tmp_path: Path, config: Callable[..., ServeConfig], uri: str, diary: Diary
 ) -> None:

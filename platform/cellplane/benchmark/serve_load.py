@@ -39,6 +39,7 @@ class Order:
     requests: int = 10**9
     seconds: float = 1e9
     least: int = 0
+    content_type: str = ARROW_TYPE
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def main() -> None:
     def caller(first: int) -> None:
         connection, turn = _connect(order.url), first
         while wanted():
-            answer = _ask(connection, order.path, bodies[turn % len(bodies)])
+            answer = _ask(connection, order, bodies[turn % len(bodies)])
             answers.append(answer)
             turn += order.callers
             if answer.status == LOST:
@@ -88,18 +89,18 @@ def _connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
 
 
-def _ask(connection: http.client.HTTPConnection, path: str, body: bytes) -> Answered:
+def _ask(connection: http.client.HTTPConnection, order: Order, body: bytes) -> Answered:
     at, began = time.time(), time.perf_counter()
     try:
-        connection.request("POST", path, body, {"content-type": ARROW_TYPE})
+        connection.request("POST", order.path, body, {"content-type": order.content_type, "accept": order.content_type})
         answer = connection.getresponse()
         content = answer.read()
     except (OSError, http.client.HTTPException):
         return Answered(at, time.perf_counter() - began, LOST)
     seconds, about = time.perf_counter() - began, dict[str, Any]()
     if answer.status == 200:
-        with suppress(ServiceError):  # counted as an answer that names no version
-            about = read_answer(content)[1]
+        with suppress(ServiceError, ValueError):  # counted as an answer that names no version
+            about = read_answer(content)[1] if order.content_type == ARROW_TYPE else json.loads(content)
     return Answered(at, seconds, answer.status, about.get("version"), answer.headers.get("retry-after"))
 
 

@@ -93,9 +93,9 @@ class Loading:
 
 @contextmanager
 def loading(endpoint: Endpoint, bodies: Sequence[Path], order: Order) -> Iterator[Loading]:
-    """Callers at work during the block; at its end they stop as the order says."""
+    """Callers at work during the block; at its end they stop as the order says. They ask for embeddings where it names no path."""
     with tempfile.TemporaryDirectory(dir=endpoint.home) as folder:
-        sent = replace(order, url=endpoint.url, path=f"/v1/models/{NAME}/embed", bodies=tuple(map(str, bodies)))
+        sent = replace(order, url=endpoint.url, path=order.path or f"/v1/models/{NAME}/embed", bodies=tuple(map(str, bodies)))
         load = Loading(replace(sent, out=f"{folder}/answers.json", stop=f"{folder}/stop"))
         try:
             yield load
@@ -163,19 +163,19 @@ def an_endpoint() -> Iterator[Endpoint]:
         home = Path(folder)
         _register_versions(home)
         try:
-            _command(home, "up", "-o", "num_cpus=2", *(word for name in PORTS for word in ("-o", f"{name}=0")))
+            command(home, "up", "-o", "num_cpus=2", *(word for name in PORTS for word in ("-o", f"{name}=0")))
             promote(NAME, GOOD, local_uri(home))
             options = [word for setting in SETTINGS for word in ("-o", setting)]
-            url = _command(home, "serve", f"models:/{NAME}@champion", "--name", NAME, *options)["url"]
+            url = command(home, "serve", f"models:/{NAME}@champion", "--name", NAME, *options)["url"]
             yield Endpoint(home, url)
         finally:
-            _command(home, "down")
+            command(home, "down")
 
 
 PORTS = ("mlflow_port", "dashboard_port", "ray_port", "serve_port")
 
 
-def _command(home: Path, *words: str) -> dict[str, Any]:
+def command(home: Path, *words: str) -> dict[str, Any]:
     """What a cellplane command answers; BenchmarkError with the end of what it said when it fails."""
     start = [sys.executable, "-m", "cellplane.cli.main", *words, "--json"]
     kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,46 +22,26 @@ Via = Annotated[str | None, typer.Option("--via", help="Ask the endpoint at this
 predict_app = typer.Typer(help="Ask a model about the cells of h5ad files.", no_args_is_help=True)
 
 
-@predict_app.command("annotate")
-def predict_annotate(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    via: Via = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Name the cell type of every cell."""
-    _predict(config, [*given({"task": "annotate", "inputs": inputs, "model": model, "out": out}), *(override or [])], via, as_json)
+def _verb(task: str, told: str) -> Callable[..., None]:
+    def verb(
+        inputs: Inputs = None,
+        model: AskedModel = None,
+        out: Answers = None,
+        via: Via = None,
+        config: ConfigOption = "annotate",
+        override: Overrides = None,
+        as_json: Json = False,
+    ) -> None:
+        named = given({"task": task, "inputs": inputs, "model": model, "out": out})
+        _show(*_run(config, [*named, *(override or [])], via), as_json)
+
+    verb.__doc__ = told
+    return predict_app.command(task)(verb)
 
 
-@predict_app.command("embed")
-def predict_embed(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    via: Via = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Embed every cell: obsm["X_cellplm"]."""
-    _predict(config, [*given({"task": "embed", "inputs": inputs, "model": model, "out": out}), *(override or [])], via, as_json)
-
-
-@predict_app.command("denoise")
-def predict_denoise(
-    inputs: Inputs = None,
-    model: AskedModel = None,
-    out: Answers = None,
-    via: Via = None,
-    config: ConfigOption = "annotate",
-    override: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Expected counts of every cell: layers["cellplm_denoised"], rates per 10,000."""
-    _predict(config, [*given({"task": "denoise", "inputs": inputs, "model": model, "out": out}), *(override or [])], via, as_json)
+predict_annotate = _verb("annotate", "Name the cell type of every cell.")
+predict_embed = _verb("embed", 'Embed every cell: obsm["X_cellplm"].')
+predict_denoise = _verb("denoise", 'Expected counts of every cell: layers["cellplm_denoised"], rates per 10,000.')
 
 
 @predict_app.command("impute")
@@ -113,8 +93,8 @@ def _predict_new(
     answer({"written": ", ".join(map(str, report.written)) or "nothing new", "reused": len(report.reused)}, as_json)
 
 
-def _predict(config: str | None, overrides: list[str], via: str | None, as_json: bool) -> None:
-    _show(*(predict_run(config, overrides) if via is None else remote_run(config, overrides, via)), as_json)
+def _run(config: str | None, overrides: list[str], via: str | None) -> tuple[dict[str, Any], Mapping[str, str]]:
+    return predict_run(config, overrides) if via is None else remote_run(config, overrides, via)
 
 
 def _show(result: dict[str, Any], failed: Mapping[str, str], as_json: bool) -> None:
@@ -145,6 +125,7 @@ def remote_run(config: str | None, overrides: list[str], via: str) -> tuple[dict
     """The same, asking an endpoint."""
     from cellplane.batch import PredictConfig
     from cellplane.config import load_config
+    from cellplane.data.answer_tables import SUFFIX
     from cellplane.errors import ConfigError
     from cellplane.remote import Remote
 
@@ -152,6 +133,8 @@ def remote_run(config: str | None, overrides: list[str], via: str) -> tuple[dict
     for name in ("inputs", "out"):
         if not getattr(loaded, name):
             raise ConfigError(f"{name} is empty: set it in the config or with -o {name}=...")
+    if loaded.format != "h5ad" or loaded.out.endswith(SUFFIX):
+        raise ConfigError("an endpoint's answers are written as h5ad files: name a folder with --out, or leave out --via")
     options = {} if loaded.context == "own" else {"context": loaded.context}
     return _remote(Remote(via, loaded.task, loaded.model, loaded.keys, options), [Path(path) for path in loaded.inputs], Path(loaded.out))
 

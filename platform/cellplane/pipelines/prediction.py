@@ -15,6 +15,7 @@ from cellplane.errors import ConfigError
 from cellplane.inference import answered
 from cellplane.pipelines.imputation import SpatialImputationPipeline
 from cellplane.pipelines.perturbation import PerturbationPipeline
+from cellplane.results import ONLY_SOME
 from cellplane.tracking.registry import resolve_model
 
 PIPELINES: dict[str, type[Any]] = {"impute": SpatialImputationPipeline, "perturb": PerturbationPipeline}
@@ -51,4 +52,8 @@ def predict_new(task: str, model: str, files: tuple[Sequence[Path], Path], pertu
 
 
 def _ask(pipeline: Any, data: AnnData, perturbations: Sequence[str] | None) -> AnnData:
-    return pipeline.predict(data) if perturbations is None else pipeline.predict(data, perturbations)
+    if perturbations is None:
+        return pipeline.predict(data)
+    found = pipeline.predict(data, perturbations)
+    found.uns["cellplm"][ONLY_SOME] = True
+    return found
