@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from cellplane.client import ARROW_TYPE, GENE_IDS, N_ROWS, REQUEST_COLUMNS, read_metadata, write_stream
 from cellplane.data.naming import to_vocabulary
 from cellplane.data.sentences import CellTable, MemoryStore, contexts
-from cellplane.genes import GeneVocabulary
+from cellplane.genes import GeneAlignment
 
 from .bodies import MOST_TOLD, NumberRows, Strict, Strings, refuse_crowded
 from .limits import BATCH_JOB, Limits, refuse, refuse_unreadable
@@ -349,12 +349,16 @@ def _coordinates(columns: Columns) -> NDArray[np.float32] | None:
     return coordinates.astype(np.float32)
 
 
-def to_store(cells: Cells, vocabulary: GeneVocabulary, max_cells: int) -> tuple[MemoryStore, dict[str, int | float], list[str]]:
+Align = Callable[[tuple[str, ...]], GeneAlignment]
+
+
+def to_store(cells: Cells, align: Align, max_cells: int) -> tuple[MemoryStore, dict[str, int | float], list[str]]:
     """The cells over the model's vocabulary as sentences of their own, the gene report, and warnings worth reading.
 
-    Entries of one gene in one cell are summed. Raises VocabularyError when too few genes are shared.
+    ``align`` finds genes in the vocabulary and may remember them. Entries of one gene in one cell are summed. Raises
+    VocabularyError when too few genes are shared.
     """
-    alignment = vocabulary.align(cells.gene_ids)
+    alignment = align(tuple(cells.gene_ids))
     shape = (cells.n_cells, len(cells.gene_ids))
     matrix = sp.csr_matrix((cells.value, cells.gene, cells.crow), shape=shape, copy=True)  # Ray hands arrays out read-only
     matrix.sum_duplicates()

@@ -99,7 +99,7 @@ class ModelReplica:
             raise refuse(409, f"model {self.config.name!r} does not {task}; it can {', '.join(self._tasks) or 'nothing here'}")
         if cells.role is not None and task != "impute":
             raise refuse(422, f"column 'role' says which cells are an imputation's reference; leave it out to {task}")
-        store, genes, warnings = await asyncio.to_thread(to_store, cells, folder.vocabulary, self.loaded.max_cells)
+        store, genes, warnings = await asyncio.to_thread(to_store, cells, self.loaded.align, self.loaded.max_cells)
         prepared = await asyncio.to_thread(self._prepare, store, question)
         answers = await self._packer(prepared.computation, prepared.store)
         columns, told = await asyncio.to_thread(self._worded, prepared, question, answers)

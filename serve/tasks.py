@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from cellplane.inference import RATES_PER, BatchedStore, Predictor, batches_of, 
 from cellplane.pipelines import imputation_answer, perturbation_answer
 
 from . import imputing, perturbing
-from .codec import Cells
+from .codec import Align, Cells
 from .imputing import Imputation
 from .limits import BATCH_JOB, refuse
 from .options import DTYPES, Options
@@ -34,6 +35,7 @@ Columns = dict[str, NDArray[Any]]
 About = dict[str, Any]
 Store = MemoryStore | SharedStore
 Kept = imputation_answer.Fitted | perturbation_answer.Fitted
+LISTS_KEPT = 8  # of 20,000 names a few megabytes each; callers of one atlas send the same one for days
 FITTED: dict[str, Callable[[ModelFolder], Kept]] = {
     "impute": imputation_answer.fitted_from,
     "perturb": perturbation_answer.fitted_from,
@@ -60,6 +62,11 @@ class Loaded:
     def of(cls, predictor: Predictor) -> Loaded:
         """The model, what it keeps read once; FileFormatError when that is broken."""
         return cls(predictor, FITTED[predictor.task](predictor.folder) if predictor.task in FITTED else None)
+
+    @cached_property
+    def align(self) -> Align:
+        """Where genes of a request stand in the vocabulary, each list that is sent again found once. Raises VocabularyError."""
+        return lru_cache(LISTS_KEPT)(self.predictor.folder.vocabulary.align)
 
     @property
     def imputation(self) -> imputation_answer.Fitted:
@@ -227,12 +234,12 @@ def worded(loaded: Loaded, prepared: Prepared, question: Question, columns: Colu
         return columns, imputing.told(loaded.imputation, own, _imputation_asked(question.options))
     if isinstance(own, Perturbation):
         return columns, perturbing.told(loaded.perturbation)
-    return WORDED[question.task](loaded.predictor, prepared.store, question, columns)
+    return WORDED[question.task](loaded, prepared.store, question, columns)
 
 
-def _word_annotation(predictor: Predictor, _: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
-    options, classes = question.options, predictor.folder.classes
-    told = {"classes": list(classes), "unknown_rule": predictor.judgement.rule is not None}
+def _word_annotation(loaded: Loaded, _: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
+    options, classes = question.options, loaded.predictor.folder.classes
+    told = {"classes": list(classes), "unknown_rule": loaded.predictor.judgement.rule is not None}
     unsure = columns["confidence"] < options.threshold
     answer = {**columns, "cell_type": np.where(unsure, UNKNOWN, columns["cell_type"]).astype(object)}
     if options.top_k is None:
@@ -242,19 +249,19 @@ def _word_annotation(predictor: Predictor, _: Store, question: Question, columns
     return {**answer, "top_cell_type": names, "top_proba": np.take_along_axis(columns["proba"], best, axis=1)}, told
 
 
-def _word_embedding(_: Predictor, __: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
+def _word_embedding(_: Loaded, __: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
     return {"embedding": columns["embedding"].astype(DTYPES[question.options.dtype])}, {}
 
 
-def _word_denoised(predictor: Predictor, store: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
-    places = predictor.vocabulary.align(question.cells.gene_ids).positions
+def _word_denoised(loaded: Loaded, store: Store, question: Question, columns: Columns) -> tuple[Columns, About]:
+    places = loaded.align(tuple(question.cells.gene_ids)).positions
     known = [(gene, place) for gene, place in zip(question.cells.gene_ids, places.tolist(), strict=True) if place >= 0]
     rates = np.ascontiguousarray(columns["rate"][:, [place for _, place in known]])
     totals = store.table.totals().astype(np.float32)
     return {"rate": rates, "size_factor": totals}, {"rate_genes": [gene for gene, _ in known], "rates_per": RATES_PER}
 
 
-WORDED: dict[str, Callable[[Predictor, Store, Question, Columns], tuple[Columns, About]]] = {
+WORDED: dict[str, Callable[[Loaded, Store, Question, Columns], tuple[Columns, About]]] = {
     "annotate": _word_annotation,
     "embed": _word_embedding,
     "denoise": _word_denoised,

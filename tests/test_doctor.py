@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cellplane import doctor
+from cellplane.data.gene_tables import make_table, write_table
 from cellplane.doctor import examine
 
 
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", *doctor.TOKEN_FILES, *doctor.TOKENS_IN_ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
 
 
 def found(name: str) -> doctor.Check:
@@ -110,3 +113,69 @@ def test_spinning_threads_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     assert found("threads").ok
+
+
+def test_a_token_that_others_can_read_is_red_until_it_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("abc")
+    token.chmod(0o640)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    check = found("token token")
+    assert not check.ok
+    assert check.fix.endswith(f"chmod 600 {token}")
+    assert "abc" not in check.found + check.fix
+    token.chmod(0o600)
+    assert found("token token").ok
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_token_that_is_not_there_is_red(content: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    if content is not None:
+        token.write_text(content)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert not found("token token").ok
+
+
+def test_the_local_stacks_own_token_is_looked_at(tmp_path: Path) -> None:
+    assert found("tokens").ok
+    own = tmp_path / "home" / "ray_token"
+    own.parent.mkdir()
+    own.write_text("abc")
+    own.chmod(0o644)
+    assert not found("token ray_token").ok
+
+
+@pytest.mark.parametrize(("address", "ok"), [("127.0.0.1:1", False), ("http://127.0.0.1:1", False), ("nowhere", False), ("auto", True)])
+def test_a_cluster_that_does_not_answer_is_red(address: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert found("cluster").ok is ok
+
+
+def test_a_cluster_that_answers_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        assert found("cluster").ok
+
+
+def test_installed_gene_tables_are_named_and_damaged_ones_are_red(tmp_path: Path) -> None:
+    assert "genes install" in found("gene tables").found
+    genes = pd.DataFrame({"id": ["ENSG00000000001"], "symbol": ["A1"], "coding": [True]})
+    write_table(make_table("human", genes, pd.DataFrame({"alias": [], "approved": []})), [])
+    assert found("gene tables").found == "human (1 genes)"
+    (manifest,) = (tmp_path / "home" / "genes").rglob("*.json")
+    manifest.write_text("{")
+    check = found("gene tables")
+    assert not check.ok
+    assert "install" in check.fix
+
+
+def test_a_card_that_this_torch_cannot_use_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(doctor.Path, "iterdir", lambda path: iter(["card"]))
+    monkeypatch.setattr(doctor, "_installed", lambda package: "2.13.0+cpu")
+    (check,) = doctor._gpus()
+    assert not check.ok
+    monkeypatch.setattr(doctor, "_installed", lambda package: "2.13.0+cu129")
+    (check,) = doctor._gpus()
+    assert check.ok

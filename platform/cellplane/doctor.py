@@ -30,6 +30,8 @@ MIN_MEMORY_BYTES = 6 * GIB  # MLflow 0.5, Ray about 1.5, two training workers ab
 MIN_DISK_BYTES = 5 * GIB  # the demo leaves well under one; Ray refuses to spill when the disk is 95 % full
 MIN_SHM_BYTES = 1 * GIB  # below this Ray falls back to files in its temp dir, which are slow
 OPENMP_POLICY = "OMP_WAIT_POLICY"
+TOKEN_FILES = ("RAY_AUTH_TOKEN_PATH", "CELLPLANE_API_KEYS_FILE")
+TOKENS_IN_ENVIRONMENT = ("RAY_AUTH_TOKEN",)
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,74 @@ def _threads() -> list[Check]:
     return [_check("threads", ok, f"{OPENMP_POLICY}={found}", fix)]
 
 
+def _gpus() -> list[Check]:
+    """NVIDIA cards by their driver's own list, and whether the installed torch can use them."""
+    drivers = Path("/proc/driver/nvidia/gpus")
+    cards = len(list(drivers.iterdir())) if drivers.is_dir() else 0
+    if not cards:
+        return [_check("gpus", True, "none; the CPU computes")]
+    built = _installed("torch")
+    fix = "install the CUDA build of the torch version in requirements.lock"
+    return [_check("gpus", "+cpu" not in built, f"{cards}; torch {built or 'is not installed'}", fix)]
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _tokens() -> list[Check]:
+    """Every file that lets its reader in: the local stack's token, and those that the environment names."""
+    named = [os.environ[variable] for variable in TOKEN_FILES if os.environ.get(variable)]
+    paths = dict.fromkeys([*(path for path in [home() / "ray_token"] if path.exists()), *(Path(name).expanduser() for name in named)])
+    checks = [_token(path) for path in paths]
+    if (open_ones := [name for name in TOKENS_IN_ENVIRONMENT if os.environ.get(name)]) and not named:
+        found = f"{', '.join(open_ones)}: children and crash reports see it"
+        checks.append(_check("token in environment", True, f"{found}; a file of mode 600 is safer ({TOKEN_FILES[0]})"))
+    return checks or [_check("tokens", True, "none yet; `cellplane up` makes one")]
+
+
+def _token(path: Path) -> Check:
+    name = f"token {path.name}"
+    if not path.is_file():
+        return _check(name, False, f"{path} is not there", f"put the cluster's token there, or unset {' and '.join(TOKEN_FILES)}")
+    mode = path.stat().st_mode & 0o777
+    if not os.access(path, os.R_OK) or not path.stat().st_size:
+        return _check(name, False, f"{path} is empty or not readable", "put the cluster's token there, readable for you alone")
+    return _check(name, not mode & 0o077, f"{path} has mode {mode:o}", f"others can read it: chmod 600 {path}")
+
+
+def _cluster() -> list[Check]:
+    """The Ray cluster that the environment names, by its head's port; without one the local stack is used."""
+    address = next((os.environ[name] for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if os.environ.get(name)), "")
+    parts = urlsplit(address if "//" in address else f"ray://{address}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if address in ("", "auto", "local"):
+        return [_check("cluster", True, f"RAY_ADDRESS={address}" if address else "none named; jobs run on this machine")]
+    if parts.hostname is None or port is None:
+        return [_check("cluster", False, address, "RAY_ADDRESS is host:port of the cluster's head, e.g. 10.0.0.4:6379")]
+    answers = listens(parts.hostname, port)
+    fix = "start the cluster's head, open the port to this machine, or unset RAY_ADDRESS to work locally"
+    return [_check("cluster", answers, f"{address} {'answers' if answers else 'does not answer'}", fix)]
+
+
+def _gene_tables() -> list[Check]:
+    """Which species' names can be translated; without tables data must name genes as the model does, which is no fault."""
+    from cellplane.data.gene_tables import table_manifests
+
+    try:
+        tables = table_manifests()
+    except CellplaneError as error:
+        return [_check("gene tables", False, "damaged", str(error))]
+    found = ", ".join(f"{table['species']} ({table['genes']} genes)" for table in tables)
+    return [_check("gene tables", True, found or "none; symbols and Ensembl ids are translated after `cellplane data genes install`")]
+
+
 def _check(name: str, ok: bool, found: str, fix: str = "") -> Check:
     return Check(name, ok, found, "" if ok else fix)
 
@@ -199,6 +269,10 @@ LOOKS: tuple[Callable[[], list[Check]], ...] = (
     _temp_dir,
     _shared_memory,
     _threads,
+    _gpus,
     _ports,
+    _tokens,
+    _cluster,
     _tracker,
+    _gene_tables,
 )

@@ -60,13 +60,13 @@ def test_dense_counts_mean_the_same_as_sparse_ones() -> None:
     dense = np.zeros((3, 20))
     dense[0, [0, 2]], dense[2, 19] = [1, 5], 2
     vocabulary = GeneVocabulary.from_ids(GENE_NAMES)
-    sparse_store, *_ = to_store(decode(body(), ARROW_TYPE, LIMITS), vocabulary, 8)
+    sparse_store, *_ = to_store(decode(body(), ARROW_TYPE, LIMITS), vocabulary.align, 8)
     column = pa.array(dense.tolist(), pa.list_(pa.float32()))
     for data, kind in (
         (body(table(gene=None, count=None, counts=column)), ARROW_TYPE),
         (as_json(gene=None, count=None, counts=dense.tolist()), JSON_TYPE),
     ):
-        dense_store, *_ = to_store(decode(data, kind, LIMITS), vocabulary, 8)
+        dense_store, *_ = to_store(decode(data, kind, LIMITS), vocabulary.align, 8)
         assert dense_store.table.crow.tolist() == sparse_store.table.crow.tolist()
         assert dense_store.table.gene.tolist() == sparse_store.table.gene.tolist()
         assert dense_store.table.value.tolist() == sparse_store.table.value.tolist()
@@ -100,16 +100,18 @@ def test_optional_columns_arrive() -> None:
 
 def test_a_sentence_column_is_kept_and_a_batch_column_is_split() -> None:
     vocabulary = GeneVocabulary.from_ids(GENE_NAMES)
-    by_sentence, _, warnings = to_store(decode(body(table(sentence=pa.array([7, 1, 7], pa.int32()))), ARROW_TYPE, LIMITS), vocabulary, 1)
+    by_sentence, _, warnings = to_store(
+        decode(body(table(sentence=pa.array([7, 1, 7], pa.int32()))), ARROW_TYPE, LIMITS), vocabulary.align, 1
+    )
     assert [rows.tolist() for rows in by_sentence.sentences] == [[1], [0, 2]]
     assert any("trained with up to 1" in warning for warning in warnings)
-    by_batch, _, _ = to_store(decode(body(table(batch=pa.array(["b", "a", "b"]))), ARROW_TYPE, LIMITS), vocabulary, 8)
+    by_batch, _, _ = to_store(decode(body(table(batch=pa.array(["b", "a", "b"]))), ARROW_TYPE, LIMITS), vocabulary.align, 8)
     assert sorted(rows.tolist() for rows in by_batch.sentences) == [[0, 2], [1]]
 
 
 def test_repeated_genes_of_a_cell_are_summed_and_empty_cells_flagged() -> None:
     twice = table(gene=pa.array([[3, 3], [], [1]], pa.list_(pa.int32())))
-    store, report, warnings = to_store(decode(body(twice), ARROW_TYPE, LIMITS), GeneVocabulary.from_ids(GENE_NAMES), 8)
+    store, report, warnings = to_store(decode(body(twice), ARROW_TYPE, LIMITS), GeneVocabulary.from_ids(GENE_NAMES).align, 8)
     assert store.table.gene.tolist() == [3, 1]
     assert store.table.value.tolist() == [6, 2]
     assert report["overlap"] == 1.0
@@ -118,7 +120,7 @@ def test_repeated_genes_of_a_cell_are_summed_and_empty_cells_flagged() -> None:
 
 def test_foreign_genes_are_a_vocabulary_error() -> None:
     with pytest.raises(VocabularyError, match="0 of 20 genes"):
-        to_store(decode(body(), ARROW_TYPE, LIMITS), GeneVocabulary.from_ids(f"ENSG{gene:011d}" for gene in range(30)), 8)
+        to_store(decode(body(), ARROW_TYPE, LIMITS), GeneVocabulary.from_ids(f"ENSG{gene:011d}" for gene in range(30)).align, 8)
 
 
 def list_of(values: list[list[object]], kind: pa.DataType) -> pa.Array:

@@ -101,3 +101,10 @@ def test_wrong_options_are_refused_by_name(task: str, given: dict[str, object], 
     with pytest.raises(ServiceError, match=words) as refused:
         read_options(task, given)
     assert refused.value.status == 422
+
+
+def test_a_list_of_genes_that_is_sent_again_is_not_looked_up_again(replica: ModelReplica) -> None:
+    names = tuple(reversed(GENES))
+    assert replica.loaded.align(names) is replica.loaded.align(tuple(list(names)))
+    assert replica.loaded.align(names).positions.tolist() == list(reversed(range(len(GENES))))
+    assert replica.loaded.align(GENES[:20]).n_shared == 20

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from cellplane.artifact.folder import load_model
 from cellplane.benchmark.report import Figure, at_least
-from cellplane.benchmark.serve_load import Answered, Order
-from cellplane.benchmark.serve_stack import KEYS, NAME, Endpoint, command, load, percentile
+from cellplane.benchmark.serve_load import Order
+from cellplane.benchmark.serve_stack import KEYS, NAME, Endpoint, Loading, command, load, loading, percentile
 from cellplane.benchmark.sides import Side
 from cellplane.client import ARROW_TYPE, JSON_TYPE, WireCells
 from cellplane.config import find_config, read_yaml
@@ -62,7 +62,9 @@ def _packed(endpoint: Endpoint, side: Side) -> Iterator[Figure]:
     side.ask("bare", dict(packs=1))
     for _ in range(ROUNDS):
         bare = 1 / side.ask("bare", dict(packs=3))["s_per_cell"]
-        served = _cells_per_s(load(endpoint, bodies, order))
+        with loading(endpoint, bodies, order) as callers:
+            pass
+        served = _cells_per_s(callers)
         ratios.append(served / bare)
         told.append(f"{served:.0f} of {bare:.0f}")
     yield at_least("85m, cells/s served beside the bare packed model", median(ratios), PACKED, "x").because(
@@ -75,11 +77,12 @@ def _path(name: str) -> str:
     return f"/v1/models/{name}/{'embed' if name == NAME else 'annotate'}"
 
 
-def _cells_per_s(answers: Sequence[Answered]) -> float:
-    """Of the middle of the load, when every caller was at work: the first and last round of answers are left out."""
-    ends = np.sort([answer.at + answer.seconds for answer in answers if answer.status == 200])
+def _cells_per_s(callers: Loading) -> float:
+    """Of the middle of the load, when every caller was at work; the callers' own processor time, on the same cores, is taken off."""
+    ends = np.sort([answer.at + answer.seconds for answer in callers.answers if answer.status == 200])
     steady = ends[CALLERS:-CALLERS]
-    return float(CELLS_EACH * (len(steady) - 1) / (steady[-1] - steady[0]))
+    asking = callers.cpu_s * len(steady) / len(callers.answers) / (os.cpu_count() or 1)
+    return float(CELLS_EACH * (len(steady) - 1) / (steady[-1] - steady[0] - asking))
 
 
 def _answered(endpoint: Endpoint, name: str, folder: Path, genes: int) -> Iterator[Figure]:

@@ -74,10 +74,10 @@ class Endpoint:
 
 
 class Loading:
-    """Callers at work in their process; ``answers`` once they have stopped."""
+    """Callers at work in their process; ``answers`` and the processor's ``cpu_s`` that asking took once they have stopped."""
 
     def __init__(self, order: Order) -> None:
-        self.order, self.answers = order, list[Answered]()
+        self.order, self.answers, self.cpu_s = order, list[Answered](), 0.0
         self.process = subprocess.Popen([sys.executable, "-m", "cellplane.benchmark.serve_load"], stdin=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asdict(order)))
@@ -88,7 +88,7 @@ class Loading:
         if self.process.wait() != 0:
             raise BenchmarkError("the process of the callers failed; its error stands above")
         found = json.loads(Path(self.order.out).read_text(encoding="utf-8"))
-        self.answers = [Answered(**answer) for answer in found["answers"]]
+        self.answers, self.cpu_s = [Answered(**answer) for answer in found["answers"]], found["cpu_s"]
 
 
 @contextmanager
