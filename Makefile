@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo test fast check chaos chaos-full gpu sbom audit clean
+.PHONY: help venv demo test fast check chaos chaos-full gpu reference sbom audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,9 @@ chaos-full: venv  ## every combination of who is killed when
 
 gpu: venv  ## tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+reference: venv  ## docs/reference/ anew, from the code
+	@$(BIN)/python -m cellplane.cli.reference docs/reference
 
 sbom: venv  ## what is installed, as CycloneDX JSON: build/sbom.json
 	@$(BIN)/cellplane inventory --out build/sbom.json

@@ -107,4 +107,4 @@ def test_a_list_of_genes_that_is_sent_again_is_not_looked_up_again(replica: Mode
     names = tuple(reversed(GENES))
     assert replica.loaded.align(names) is replica.loaded.align(tuple(list(names)))
     assert replica.loaded.align(names).positions.tolist() == list(reversed(range(len(GENES))))
-    assert replica.loaded.align(GENES[:20]).n_shared == 20
+    assert replica.loaded.align(tuple(GENES[:20])).n_shared == 20
