@@ -7,6 +7,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 TORCH := torch==2.13.0
 STAMP := .venv/.installed
+USUAL := not chaos and not gpu and not backends and not release
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo test fast check chaos chaos-full gpu reference sbom audit clean
+.PHONY: help venv demo test fast check chaos chaos-full gpu release reference sbom audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,11 +38,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: venv  ## the whole way once, from real cells to a served answer
 	@$(BIN)/cellplane demo $(ARGS)
 
-test: venv  ## every test but chaos and gpu, in two processes (WORKERS=0: in one)
-	@$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "not chaos and not gpu" $(ARGS)
+test: venv  ## every test but those with a target of their own, in two processes (WORKERS=0: in one)
+	@$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "$(USUAL)" $(ARGS)
 
 fast: venv  ## tests that need no Ray cluster
-	@$(BIN)/python -m pytest -m "not chaos and not gpu and not cluster" $(ARGS)
+	@$(BIN)/python -m pytest -m "$(USUAL) and not cluster" $(ARGS)
 
 check: venv  ## lint, types, and the rules of the house
 	@$(BIN)/ruff check .
@@ -56,6 +57,9 @@ chaos-full: venv  ## every combination of who is killed when
 
 gpu: venv  ## tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+release: venv  ## sdist, wheel, and an environment with the wheel alone in which every verb runs; needs a package index
+	@$(BIN)/python -m pytest -m release $(ARGS)
 
 reference: venv  ## docs/reference/ anew, from the code
 	@$(BIN)/python -m cellplane.cli.reference docs/reference

@@ -197,6 +197,14 @@ def test_the_pump_of_a_dead_tracker_neither_raises_nor_blocks(tmp_path: Path) ->
     assert len(journal.rows()) == 100
 
 
+def test_work_that_was_refused_at_once_does_not_wait_for_a_dead_tracker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), MetricPump(SPEC, DEAD, Journal(tmp_path / "metrics.jsonl")):
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 10
+    assert "they are kept" not in caplog.text, "there are none"
+
+
 def test_a_server_that_dies_and_returns_ends_with_complete_metrics(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     server.start()
     journal = Journal(tmp_path / "metrics.jsonl")

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _OPENING = threading.Lock()  # a pump and the work it serves may open the same run at the same moment
 RUN_KEY = "cellplane.run_key"
 TAG_PREFIX, MLFLOW_PREFIX = "cellplane.", "mlflow."
+NOTHING_TO_TELL_S = 2.0  # for a tracker that is slow to answer, when work was refused before it began
 # MLflow's own limits (mlflow.utils.validation)
 MAX_KEY, MAX_PARAM, MAX_TAG, PARAMS_PER_CALL, METRICS_PER_CALL = 250, 6000, 8000, 100, 1000
 # The default client waits minutes for a dead server; ours fails at once and leaves retrying to the pump
@@ -344,12 +345,15 @@ class MetricPump:
     def close(self, status: str | None = None, timeout_s: float = 30.0) -> bool:
         """Replay the rest, end the run with ``status`` (None leaves it running) and stop; False when not all was delivered.
 
-        Waits ``timeout_s`` at most. What is missing stays in the journal, and a later replay delivers it.
+        Waits ``timeout_s`` at most, and hardly at all where nothing was measured and no run was opened. What is missing
+        stays in the journal, and a later replay delivers it.
         """
+        nothing = self.run is None and not any(True for _ in self.journal.rows())
+        timeout_s = min(timeout_s, NOTHING_TO_TELL_S) if nothing else timeout_s
         self._status, self._deadline = status, time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
-        if not self._delivered:
+        if not self._delivered and not nothing:
             logger.warning("not all metrics reached the tracker %s; they are kept in %s", shown(self.uri), self.journal.path)
         return self._delivered
 
