@@ -87,19 +87,21 @@ class Loaded:
 
     def describe(self) -> About:
         """What a caller can ask this model for by name."""
-        task, known = self.predictor.task, None
+        task, known, other = self.predictor.task, None, None
         imputed, perturbations = list[str](), list[str]()
         control: About = {"perturbation_key": None, "control": None}
         if task == "impute":
             known, imputed = self.imputation.config.keys, self.imputation.names.call(self.imputation.wanted)
+            other = self.imputation.config.reference_keys
         elif task == "perturb":
             config, perturbations = self.perturbation.config, list(self.perturbation.names)
             known, control = config.keys, {"perturbation_key": config.perturbation_key, "control": config.control}
         panel = self.predictor.panel
         company = {"panel_cells": 0 if panel is None else panel.n_cells, "panel_origin": None if panel is None else panel.origin}
         named = {"imputed_genes": imputed, "perturbations": perturbations, "batches": list(batches_of(self.predictor.folder))}
-        keys = None if known is None else known.model_dump(mode="json")
-        return {"max_cells": self.max_cells, **company, **named, **control, "keys": keys}
+        read = {"keys": known, "reference_keys": other}
+        keys = {name: None if one is None else one.model_dump(mode="json") for name, one in read.items()}
+        return {"max_cells": self.max_cells, **company, **named, **control, **keys}
 
 
 @dataclass(frozen=True)

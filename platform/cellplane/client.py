@@ -182,7 +182,8 @@ class Client:
         """
         asked = self._asked(adata, model, keys, options)
         if reference is not None:
-            others, _ = cell_table(reference, asked.cells.vocabulary, DataKeys())
+            reading = query_keys(reference, DataKeys.model_validate(asked.served.get("reference_keys") or {}))
+            others, _ = cell_table(reference, asked.cells.vocabulary, reading)
             asked = replace(asked, cells=replace(asked.cells, reference=others))
         columns, about = self._ask(asked, "impute", progress)
         return served_imputation(adata, columns, about, asked.served["imputed_genes"])
