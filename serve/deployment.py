@@ -42,6 +42,11 @@ class ServeConfig(Config):
     """Autoscaling: how long it must be over before one goes."""
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     """Processes that receive requests, read and write bodies; the last `serve` of an endpoint decides for all its models."""
+    proxies: Literal["head", "every_node"] = "head"
+    """Where HTTP is received: at the head's address alone, or also at that of every node with a process of this endpoint."""
+    max_replicas_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Copies of the model that one node may hold: 1 sets them apart for certain, and those of a lost node then wait for another
+    one; None = set apart as far as there is room, and back on what is left."""
     num_cpus: Annotated[float, Field(ge=0)] = 1
     """CPUs, and so threads, of each copy; 0 sets none aside, so that an endpoint never keeps training from starting."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
@@ -73,7 +78,7 @@ class ServeConfig(Config):
     """Time for requests in flight when the endpoint goes or changes its version."""
     startup_timeout_s: Annotated[float, Field(gt=0)] = 180
     """Longest time until the model answers; then starting it has failed."""
-    registry_poll_s: Annotated[float, Field(gt=0)] = 0.5
+    registry_poll_s: Annotated[float, Field(gt=0)] = 0.25
     """How often the registry is asked whether models:/NAME@ALIAS has moved."""
     keep_previous: bool = True
     """Keep the version before the champion loaded, so that going back takes no time."""

@@ -20,7 +20,9 @@ from cellplane import cluster
 from cellplane.cluster import Stack, StackConfig
 from cellplane.config import load_config
 from cellplane.errors import ConfigError, PortInUseError, ServiceError
+from cellplane.package import pack
 from cellplane.processes import http_status
+from cellplane.submission import Jobs, Order, target_of
 from cellplane.tracking.registry import list_models
 from cellplane.tracking.runs import RunSpec, TrackedRun
 
@@ -134,6 +136,20 @@ def test_a_wrong_token_is_refused_at_once_with_the_way_out(stack: Stack) -> None
     message = run_python(REFUSED, str(stack.home))[-1]
     assert "refused the token" in message
     assert "0" * 64 not in message
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # so Ray calls aiohttp
+def test_a_job_is_handed_to_the_running_stack_without_an_address_or_a_token(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # of another cluster
+    jobs = Jobs(target_of(None, stack.home))
+    order = Order("look", "look", ("cellplane.cli.arrival", "status", "--json"), pack(stack.home, ""), {})
+    said: list[str] = []
+    job = jobs.follow(jobs.submit(order)[0], said.append)
+    assert job.exit_code == 0, "".join(said)
+    assert '"name": "mlflow"' in "".join(said)
 
 
 @pytest.mark.cluster

@@ -15,12 +15,12 @@ from tests.house.source import PLATFORM, ROOT, Source, imports, modules, room, s
 # Each room may import rooms of earlier rows only; inside the first row modules may import one another.
 ROWS = (
     ("cellplane", "genes", "cells", "seeds", "config", "errors", "logs"),
-    ("data", "model", "artifact", "tracking", "processes"),
+    ("data", "model", "artifact", "tracking", "processes", "package"),
     ("results", "wire"),
     ("inference", "train", "served"),
     ("pipelines", "batch", "client"),
     ("benchmark", "serve", "cluster", "kubernetes", "cleanup", "pl", "remote", "difference"),
-    ("demo", "doctor", "inventory"),
+    ("demo", "doctor", "inventory", "submission"),
     ("cli",),
     ("jobs",),  # a job is a verb under another name: same options, same exit codes
 )
@@ -37,12 +37,13 @@ DOORS: dict[str, tuple[str, ...]] = {
     "anndata": (SOURCES, READER, EXPORT, "data/writing.py", ANSWERS, LOADERS),
     "h5py": (SOURCES, GUARD, READER, EXPORT, "data/writing.py", ANSWERS),
     "zarr": (GUARD, READER, LOADERS),
-    "fsspec": ("data/inputs.py", "train/remote.py"),
+    "fsspec": ("data/inputs.py", "data/remote.py"),
     "ray.data": (CONVERT, BATCH),
-    "ray.train": (LAUNCH, MEASURED),
+    "ray.train": (LAUNCH, "train/network.py", MEASURED),
     "ray.tune": (TUNE,),
     "ray.serve": (SERVE,),
-    "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER),
+    "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER, "submission.py"),
+    "ray.job_submission": (CLUSTER, "submission.py"),
     "ray.util.metrics": (LAUNCH,),
     "ray": (CLUSTER,),
     "deepspeed": ("train/deepspeed_engine.py",),
@@ -70,7 +71,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "threadpoolctl": ("pipelines/",),
     "triton": ("model/triton_kernels.py",),
 }
-MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, TUNE, SERVE, MEASURED)  # plain `import ray`, to ask whether a cluster is there
+MAY_ASK_RAY = (CONVERT, BATCH, LAUNCH, "train/network.py", TUNE, SERVE, MEASURED)  # plain `import ray`, to ask whether a cluster is there
 EVERYWHERE = {"numpy", "scipy", "pandas", "pyarrow", "pydantic", "torch"}
 MODEL_ROOM = {"torch", "numpy", "triton"}  # the model runs where there is nothing else, and without triton (a door of its own)
 OURS = {"cellplane", "jobs"}

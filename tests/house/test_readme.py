@@ -36,7 +36,8 @@ def commands(guide: str) -> list[list[str]]:
 
 def typed(first: str) -> list[Any]:
     """All commands of the guides that begin with a word, as test parameters."""
-    chosen = sorted({tuple(words) for guide in GUIDES for words in commands(guide) if words[0] == first})
+    written = [guide for guide in GUIDES if not guide.startswith("docs/reference/")]  # those come from the code, usage lines and all
+    chosen = sorted({tuple(words) for guide in written for words in commands(guide) if words[0] == first})
     return [pytest.param(list(words), id=" ".join(words)) for words in chosen]
 
 

@@ -40,6 +40,7 @@ class Order:
     seconds: float = 1e9
     least: int = 0
     content_type: str = ARROW_TYPE
+    patient: bool = False  # who is refused waits as long as Retry-After says before asking again
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def main() -> None:
             answer = _ask(connection, order, bodies[turn % len(bodies)])
             answers.append(answer)
             turn += order.callers
+            if order.patient and answer.retry_after and wanted():
+                time.sleep(float(answer.retry_after))
             if answer.status == LOST:
                 connection.close()
                 connection = _connect(order.url)

@@ -15,13 +15,13 @@ from cellplane.errors import DataError
 
 app = typer.Typer(help="Convert AnnData to shards, look at them, check them.", no_args_is_help=True)
 app.add_typer(gene_verbs.app, name="genes")
-Folder = Annotated[Path, typer.Argument(help="Folder written by `cellplane data convert`.")]
+Folder = Annotated[str, typer.Argument(help="Folder or URL written by `cellplane data convert`.")]
 
 
 @app.command("convert")
 def convert(
     inputs: Annotated[list[str] | None, typer.Argument(help="h5ad files, zarr folders, folders, globs, URLs; else the config's.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the shards.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the shards, or a URL to copy them to.")] = None,
     config: ConfigOption = None,
     override: Overrides = None,
     vocabulary: Annotated[Path | None, typer.Option(help="Text file of gene ids, or model folder, that fixes the genes.")] = None,
@@ -48,14 +48,15 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
     from cellplane.data.convert import convert as run
     from cellplane.data.convert import refuse_file
     from cellplane.data.planning import check_inputs
+    from cellplane.data.remote import is_url, shard_folder
 
     loaded = load_config(ConvertConfig, config, "data", overrides)
-    refuse_file(Path(loaded.out).absolute())
+    refuse_file(shard_folder(loaded.out).absolute())
     check_inputs(loaded)
     with local_ray(log_to_driver=False), live() as tell:
         report = run(loaded, tell)
     return {
-        "shards": report.out,
+        "shards": loaded.out if is_url(loaded.out) else report.out,
         "cells": report.cells,
         "genes": report.genes,
         "sentences": report.sentences,
@@ -73,8 +74,9 @@ def convert_files(config: str | None, overrides: list[str]) -> dict[str, Any]:
 def info(folder: Folder, as_json: Json = False) -> None:
     """What a folder of shards holds."""
     from cellplane.data.manifest import read_manifest
+    from cellplane.data.remote import fetch_shards
 
-    manifest = read_manifest(folder)
+    manifest = read_manifest(fetch_shards(folder))
     measured = manifest.panels().sum(axis=1).tolist()
     answer(
         {
@@ -100,9 +102,10 @@ def info(folder: Folder, as_json: Json = False) -> None:
 def verify(folder: Folder, as_json: Json = False) -> None:
     """Check every byte of a folder of shards against its manifest."""
     from cellplane.data.manifest import verify_shards
+    from cellplane.data.remote import fetch_shards
 
-    manifest = verify_shards(folder)
-    answer({"verified": str(folder), "shards": len(manifest.shards), "cells": manifest.cells}, as_json)
+    manifest = verify_shards(fetch_shards(folder))
+    answer({"verified": folder, "shards": len(manifest.shards), "cells": manifest.cells}, as_json)
 
 
 @app.command("export")
@@ -121,9 +124,10 @@ def export(
     shards, nor are genes that the vocabulary did not have: a warning names what a file had of these.
     """
     from cellplane.data.export import export as run
+    from cellplane.data.remote import fetch_shards
 
     with progress("exporting") as show:
-        files = run(folder, out, dataset or (), lambda done, total: show(done, total, {}), overwrite)
+        files = run(fetch_shards(folder), out, dataset or (), lambda done, total: show(done, total, {}), overwrite)
     answer({"written": ", ".join(map(str, files)), "bytes": sum(path.stat().st_size for path in files)}, as_json)
 
 

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 import cellplane
-from cellplane.cli import annotate, data, diff, finetune, gc, k8s, models, ops, plan, predict, serve, train, try_, tune
+from cellplane.cli import annotate, data, diff, finetune, gc, k8s, models, ops, plan, predict, serve, submit, train, try_, tune
 from cellplane.errors import CellplaneError
 from cellplane.logs import start_logging
 
@@ -41,11 +41,13 @@ app.add_typer(try_.try_app, name="try")
 app.add_typer(train.evaluate_app, name="evaluate")
 app.add_typer(predict.predict_app, name="predict")
 app.add_typer(k8s.k8s_app, name="k8s")
+app.add_typer(submit.jobs_app, name="jobs")
 app.command("annotate")(annotate.annotate)
 app.command("pretrain")(train.pretrain)
 app.command("plan")(plan.plan)
 app.command("diff")(diff.diff)
 app.command("serve")(serve.serve)
+app.command("submit")(submit.submit)
 app.command("demo")(ops.demo)
 app.command("doctor")(ops.doctor)
 app.command("up")(ops.up)

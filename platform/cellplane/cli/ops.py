@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,10 +57,16 @@ def load_any(path: Path, overrides: list[str] | None = None) -> Config:
     kind = str(raw.get("kind", path.absolute().parent.name))
     if kind not in SCHEMAS:
         raise ConfigError(f"{path}: kind {kind!r} is not one of {', '.join(SCHEMAS)}")
+    loaded: Config = load_config(schema_of(kind, raw), path, kind, overrides or [])
+    return loaded
+
+
+def schema_of(kind: str, raw: Mapping[str, Any]) -> type[Config]:
+    """The class that reads a file of a kind, by the task that stands in it."""
     task = f"{raw.get('task')}{' protocol' * ('protocol' in raw)}"
     module, name = TASK_SCHEMAS.get((kind, task), SCHEMAS[kind])
-    loaded: Config = load_config(getattr(importlib.import_module(module), name), path, kind, overrides or [])
-    return loaded
+    schema: type[Config] = getattr(importlib.import_module(module), name)
+    return schema
 
 
 def find_any(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,7 @@ def plan(
     config: ConfigOption = "demo",
     override: Overrides = None,
     shards: Annotated[
-        Path | None, typer.Option("--shards", help="Folder written by `cellplane data convert`; else cells are assumed.")
+        str | None, typer.Option("--shards", help="Folder or URL written by `cellplane data convert`; else cells are assumed.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="h100, a100, l4, ... or cpu: this machine's, measured now.")] = None,
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many; default: workers.count.")] = None,

@@ -16,7 +16,7 @@ evaluate_app = typer.Typer(help="Score a model beside its baselines.", no_args_i
 def pretrain(
     config: ConfigOption = None,
     override: Overrides = None,
-    shards: Annotated[Path | None, typer.Option("--shards", help="Folder written by `cellplane data convert`.")] = None,
+    shards: Annotated[str | None, typer.Option("--shards", help="Folder or URL written by `cellplane data convert`.")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Name of a run to go on with from its newest valid checkpoint.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -150,7 +150,9 @@ def evaluate_perturb(
 @evaluate_app.command("pretraining")
 def evaluate_pretraining(
     model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],
-    shards: Annotated[Path, typer.Option("--shards", help="Folder written by `cellplane data convert`; those it was trained on will do.")],
+    shards: Annotated[
+        str, typer.Option("--shards", help="Folder or URL written by `cellplane data convert`; those it was trained on will do.")
+    ],
     context: Annotated[list[str] | None, typer.Option("--context", help="own, self, shuffled_coordinates, shuffled_neighbours.")] = None,
     max_cells: Annotated[int, typer.Option(min=1, help="At most about so many held-out cells.")] = 20_000,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of scores.json.")] = None,
@@ -160,7 +162,7 @@ def evaluate_pretraining(
     from cellplane.pipelines.pretraining import PretrainingEvaluation, run_evaluate_pretraining
 
     use_running_stack()
-    config = PretrainingEvaluation(model=model, shards=str(shards), max_cells=max_cells, out=None if out is None else str(out))
+    config = PretrainingEvaluation(model=model, shards=shards, max_cells=max_cells, out=None if out is None else str(out))
     result = run_evaluate_pretraining(config.model_copy(update={"contexts": tuple(context or config.contexts)}))
     if as_json:
         answer(result, True)
