@@ -118,6 +118,7 @@ def test_jobs_that_fail_end_with_their_own_codes(run, submit, cluster, cells):
     assert "CELLPLANE_HOME is not set on the cluster" in followed.out
 
 
+@pytest.mark.chaos
 def test_fine_tuning_keeps_its_model_on_the_cluster_and_reads_its_secrets_there(submit, run, cluster, cells, monkeypatch):
     secret = cluster.storage / "secrets"
     secret.write_text("MLFLOW_TRACKING_TOKEN=opensesame\n")
@@ -139,6 +140,7 @@ def http_body(cluster: Cluster, path: str) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.chaos
 def test_a_running_job_is_not_started_twice_and_stops_without_leaving_a_process(submit, run, cluster, cells):
     endless = annotator(cells, "endless", steps=200_000)
     first = submit(*endless, "--detach", "--json").json["job"]
@@ -171,6 +173,7 @@ def entry_points(cluster: Cluster) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.chaos
 def test_ctrl_c_leaves_the_job_running_and_says_so(submit, run, cluster, cells):
     words = ["submit", "--home", cluster.storage / "home", *annotator(cells, "left", steps=200_000)]
     command = [sys.executable, "-m", "cellplane.cli.main", *map(str, words)]

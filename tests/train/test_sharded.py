@@ -23,7 +23,7 @@ from tests.train.states import IDENTITY, assert_same, state_of
 ALONE = Group(rank=0, world_size=1, zero_stage=2)
 HEAD = TrainingState(10, {}, {}, IDENTITY, {"norms": [1.0]})
 # Workers and ZeRO stage; each takes three runs of DeepSpeed.
-GROUPS = [(1, 1), pytest.param(1, 0, marks=pytest.mark.chaos), (2, 2), pytest.param(2, 3, marks=pytest.mark.chaos)]
+GROUPS = [*(pytest.param(1, stage, marks=pytest.mark.chaos) for stage in (0, 1)), (2, 2), pytest.param(2, 3, marks=pytest.mark.chaos)]
 MIDDLE = [pytest.param("checkpoint_file:1", marks=pytest.mark.chaos), "before_checkpoint_manifest:1"]
 
 
