@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help venv demo test fast check chaos chaos-full gpu release reference sbom audit clean
+.PHONY: help venv demo test fast check chaos chaos-full gpu backends release reference sbom audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +57,13 @@ chaos-full: venv  ## every combination of who is killed when
 
 gpu: venv  ## tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+backends: venv .venv/.backends  ## tests with real PostgreSQL, S3 and Redis servers; Debian: apt-get install postgresql redis-server iproute2
+	@$(BIN)/python -m pytest -m backends tests/backends $(ARGS)
+
+.venv/.backends: requirements-backends.lock $(STAMP)
+	@$(PIP) -r requirements-backends.lock
+	@touch .venv/.backends
 
 release: venv  ## sdist, wheel, and an environment with the wheel alone in which every verb runs; needs a package index
 	@$(BIN)/python -m pytest -m release $(ARGS)

@@ -43,6 +43,7 @@ from .stage import MODEL, POLL_S, VERSION_APPLICATION, application_name, lifetim
 log = logging.getLogger(__name__)
 
 APP, INGRESS = "cellplane", "ingress"
+PROXIES = {"head": "HeadOnly", "every_node": "EveryNode"}  # in Serve's words
 KEYS_VARIABLE = "CELLPLANE_API_KEYS_FILE"
 ATTEMPTS = 4  # of one call: after a replica died; all copies may die at once, and each is found dead by a call
 INGRESS_ONGOING = 256  # requests being read or waiting, at least; the guard's own limit is the narrower one
@@ -144,7 +145,7 @@ def deploy(config: ServeConfig) -> Deployed:
     config = _with_port(config, running=bool(before.proxies))
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    serve.start(proxy_location=PROXIES[config.proxies], http_options={"host": config.host, "port": config.port})
     try:
         router = start_router()
         if APP not in before.applications:
@@ -172,11 +173,19 @@ def ingress_of(config: ServeConfig) -> serve.Application:
     ingress = serve.deployment(Ingress).options(
         name=INGRESS,
         num_replicas=config.ingress_replicas,
+        max_replicas_per_node=_even_share(config),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=max(INGRESS_ONGOING, 2 * (config.limits().max_in_flight or 0)),
         **lifetimes(config),
     )
     return ingress.bind(config.limits(), config.api_keys_file)
+
+
+def _even_share(config: ServeConfig) -> int | None:
+    """How many of the processes that receive one node may hold, so that no node has all of them; they take no CPU that would tell."""
+    if config.proxies == "head" or not ray.is_initialized():
+        return None
+    return -(-config.ingress_replicas // sum(node["Alive"] for node in ray.nodes()))
 
 
 def checked(config: ServeConfig) -> ServeConfig:

@@ -40,6 +40,7 @@ REGISTERED = "models:/"
 SERVING_TAG = "serving"
 IDLE_S = 0.5  # between looks while nothing follows the registry
 RETRY_S = 30.0  # after the registry or the cluster failed us
+ON_THE_HEAD = {"node:__internal_head__": 0.001}  # with the head everything is lost, with another node the router must not be
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def start_router() -> Any:
     folder = (home() / "serve").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     named = {"name": ROUTER, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    actor = ray.remote(Router).options(num_cpus=0, max_restarts=-1, max_concurrency=CALLS_AT_ONCE, **named)
+    actor = ray.remote(Router).options(num_cpus=0, resources=ON_THE_HEAD, max_restarts=-1, max_concurrency=CALLS_AT_ONCE, **named)
     return actor.remote(folder, (home() / "cache" / "models").absolute())
 
 

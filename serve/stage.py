@@ -89,6 +89,7 @@ class ServeStage:
         application = serve.deployment(ModelReplica).options(
             name=MODEL,
             **copies(config),
+            max_replicas_per_node=config.max_replicas_per_node,
             ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
             max_ongoing_requests=config.max_ongoing_requests,
             max_queued_requests=config.max_queued_requests,

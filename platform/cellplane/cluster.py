@@ -137,11 +137,6 @@ SOON_MISSED = {  # a Serve proxy that died is replaced within seconds: 10 s and 
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
 }
 
-PINGED = {  # a task on a host that was cut off fails after 15 s and runs elsewhere; Ray's defaults are 5 and 2 minutes
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
-}
-
 
 def up(config: StackConfig, folder: Path | None = None, log: Log = logger.info) -> Stack:
     """Start what does not run yet and wait until all of it answers; calling it again reuses what runs.
@@ -276,8 +271,6 @@ def _init_ray(options: Mapping[str, object], folder: Path) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_ensure_token(folder)))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    for name, value in PINGED.items():
-        os.environ.setdefault(name, value)
     import ray
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]

@@ -156,6 +156,14 @@ def listener(port: int) -> str:
     return "another process"
 
 
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address, None when none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (one.address for one in addresses):
+            return str(name)
+    return None
+
+
 def listens(host: str, port: int) -> bool:
     """True when somebody accepts connections there."""
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from cellplane.config import configs_root, load_config
 from cellplane.errors import ConfigError
-from serve.app import _with_keys
+from serve.app import _even_share, _with_keys
 from serve.deployment import ServeConfig
 from serve.security import new_key
 from serve.stage import copies
@@ -26,7 +26,8 @@ def test_it_loads_and_serves_a_folder_as_it_stands(name: str, monkeypatch: pytes
         monkeypatch.delenv(variable, raising=False)
     config = load_config(ServeConfig, name, "serve", ["model=folder"])
     assert config.model == "folder"
-    assert config.limits().max_in_flight == config.most_replicas * config.max_ongoing_requests + config.max_queued_requests
+    most = config.most_replicas * config.max_ongoing_requests + config.max_queued_requests
+    assert config.limits().max_in_flight == -(-most // config.ingress_replicas), "each process counts its part"
 
 
 def test_copies_come_and_go_between_two_numbers() -> None:
@@ -51,6 +52,16 @@ def test_a_team_is_open_only_with_keys(tmp_path: Path, monkeypatch: pytest.Monke
     config = _with_keys(load_config(ServeConfig, "team", "serve", []))
     assert config.api_keys_file == tmp_path / "keys"
     assert (config.ingress_replicas, config.limits().requests_per_minute) == (2, 300), "each of two counts half"
+
+
+def test_no_node_has_all_processes_that_receive(monkeypatch: pytest.MonkeyPatch) -> None:
+    team, lost = load_config(ServeConfig, "team", "serve", []), {"Alive": False}
+    assert (team.proxies, team.ingress_replicas) == ("every_node", 2)
+    monkeypatch.setattr("serve.app.ray.is_initialized", lambda: True)
+    for nodes, share in ((1, 2), (2, 1), (3, 1)):
+        monkeypatch.setattr("serve.app.ray.nodes", lambda living=nodes: [*[{"Alive": True}] * living, lost])
+        assert _even_share(team) == share
+    assert _even_share(load_config(ServeConfig, "local", "serve", [])) is None
 
 
 @pytest.mark.parametrize(

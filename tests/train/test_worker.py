@@ -16,8 +16,8 @@ import torch.distributed as dist
 from cellplane.errors import ServiceError, StorageError
 from cellplane.processes import locked
 from cellplane.tracking.journal import Journal
-from cellplane.train import worker
 from cellplane.train.run_folder import RunFolder
+from cellplane.train.watchdog import collective_limit_s, ended_after_s
 from cellplane.train.worker import device_of, limit_collectives, run_worker
 from tests.train.conftest import STEPS
 
@@ -56,10 +56,14 @@ def test_a_worker_says_how_far_it_came_and_leaves_no_stacks(run_config, cellplan
     assert list(RunFolder.of("r").stacks.iterdir()) == []
 
 
-def test_only_one_process_trains_a_run(run_config, cellplane_home, monkeypatch):
-    monkeypatch.setattr(worker, "WRITER_WAIT_S", 0.2)
+def test_only_one_process_trains_a_run(run_config, cellplane_home):
     with locked(RunFolder.of("r").lock, 1), pytest.raises(ServiceError, match=r"another cellplane holds .*run.lock"):
-        run_worker(run_config("r", TORCH), 1, 0, lambda metrics: None)
+        run_worker(run_config("r", TORCH), 1, 0, lambda metrics: None, writer_wait_s=0.2)
+
+
+def test_a_writer_that_was_cut_off_has_ended_before_the_other_ranks_lose_patience():
+    for timeout_s in (5, 30, 300, 3600):
+        assert timeout_s < ended_after_s(timeout_s) < collective_limit_s(timeout_s)
 
 
 def test_a_larger_group_is_made_at_a_checkpoint_and_nowhere_else(run_config, cellplane_home):

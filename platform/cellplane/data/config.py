@@ -39,7 +39,7 @@ class ConvertConfig(Config):
     inputs: Annotated[tuple[str, ...], Field(min_length=1)]
     """h5ad files, zarr folders, folders of them, globs or fsspec URLs; each file is a data set."""
     out: str
-    """Folder of the shards and their manifest."""
+    """Folder of the shards and their manifest; to an fsspec URL such as s3://bucket/shards they are copied, the manifest last."""
     keys: DataKeys = DataKeys()
     """Where counts and columns lie; the same for all inputs."""
     datasets: tuple[str, ...] | None = None

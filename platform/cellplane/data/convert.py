@@ -42,6 +42,7 @@ from cellplane.data.manifest import (
     write_manifest,
 )
 from cellplane.data.planning import SHARD_NAME, TABLE_NAME, Plan, make_plan
+from cellplane.data.remote import is_url, send_shards, shard_folder
 from cellplane.data.tasks import ShardTask, TableTask, Task, safe_name, task_json
 from cellplane.data.work import descriptor, write_row
 from cellplane.data.work import write_part as write_part
@@ -90,11 +91,16 @@ def convert(config: ConvertConfig, progress: Callable[[str], None] | None = None
     """Convert the inputs into ``config.out`` on the running Ray; what is there already is checked and reused.
 
     ``progress`` hears a sentence now and then. Raises ServiceError without Ray, DataError (naming the file) for an
-    unusable input, StorageError for a full disk or a folder in use.
+    unusable input, StorageError for a full disk, a folder in use or a URL that refuses. Shards for a URL are made in its
+    mirror (see `remote.shard_folder`) and copied once they are complete.
     """
     if not ray.is_initialized():
         raise ServiceError("no Ray here: run `cellplane up`, or in Python `ray.init()`, before converting")
-    return convert_with(config, lambda tasks: _ray_results(tasks, config.workers), progress or log.info)
+    here = config.model_copy(update={"out": str(shard_folder(config.out))})
+    report = convert_with(here, lambda tasks: _ray_results(tasks, config.workers), progress or log.info)
+    if is_url(config.out):
+        send_shards(report.out, config.out)
+    return report
 
 
 def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[str]], progress: Callable[[str], None]) -> ConvertReport:

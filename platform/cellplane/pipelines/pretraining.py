@@ -26,6 +26,7 @@ from cellplane.artifact.folder import ModelFolder, load_model
 from cellplane.cells import CellBatch
 from cellplane.config import Config, home, to_plain
 from cellplane.data.loader import ShardStore
+from cellplane.data.remote import fetch_shards
 from cellplane.errors import ConfigError, DataError, VocabularyError
 from cellplane.inference import build_network
 from cellplane.model.cellplm import CellPLM
@@ -47,7 +48,7 @@ class PretrainingEvaluation(Config):
     model: str
     """Model folder, or models:/NAME@ALIAS."""
     shards: str
-    """Folder written by `cellplane data convert`, with the model's vocabulary."""
+    """Folder or URL written by `cellplane data convert`, with the model's vocabulary."""
     contexts: tuple[str, ...] = tuple(CONTEXTS)
     """own, self, shuffled_coordinates, shuffled_neighbours; the first one is compared with everything else."""
     max_cells: int = Field(20_000, ge=1)
@@ -73,7 +74,7 @@ def run_evaluate_pretraining(config: PretrainingEvaluation) -> dict[str, Any]:
     if unknown := [name for name in config.contexts if name not in CONTEXTS]:
         raise ConfigError(f"no context {unknown[0]!r}; there are {', '.join(CONTEXTS)}")
     folder = load_model(resolve_model(config.model, config.tracking_uri, home() / "cache").path)
-    store = ShardStore(Path(config.shards))
+    store = ShardStore(fetch_shards(config.shards))
     found = evaluate_pretraining(folder, store, config)
     result = {
         "scores": found.scores(),

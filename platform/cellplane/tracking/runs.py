@@ -118,6 +118,11 @@ def tracker_errors(uri: str) -> Iterator[None]:
         yield
     except CellplaneError:
         raise
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the tracker {shown(uri)} needs the Python package {error.name}, which is not installed; "
+            "install it, or name another driver in the address, such as postgresql+psycopg2://"
+        ) from error
     except RestException as error:
         raise ServiceError(f"the tracker {shown(uri)} refused: {_first_line(error)}", error.get_http_status_code()) from error
     except (MlflowException, OSError) as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 from cellplane.config import load_config
+from cellplane.data.remote import fetch_shards, shard_folder
 from cellplane.data.shards import Manifest, read_manifest
 from cellplane.errors import CheckpointError, ConfigError, DataError, VocabularyError
 from cellplane.train.checkpoint import checkpoints_of
@@ -25,7 +25,7 @@ def check_run(config: PretrainConfig) -> Manifest:
     """
     if not config.shards:
         raise ConfigError("shards is empty: name the folder that `cellplane data convert` wrote, e.g. -o shards=.cellplane/shards")
-    manifest = read_manifest(Path(config.shards))
+    manifest = read_manifest(fetch_shards(config.shards))
     _check_sentences(config, manifest)
     _check_workers(config, manifest)
     _check_same(config, manifest)
@@ -76,7 +76,7 @@ def _check_same(config: PretrainConfig, manifest: Manifest) -> None:
 
 def origin_of(config: PretrainConfig) -> str:
     """What is remembered of a run beside its configuration, as JSON: see `RunFolder.origin`."""
-    manifest = read_manifest(Path(config.shards))
+    manifest = read_manifest(shard_folder(config.shards))
     remembered = {"identity": run_identity(config), "vocabulary_fingerprint": manifest.vocabulary_fingerprint, "n_genes": manifest.n_genes}
     return json.dumps(remembered)
 

@@ -200,7 +200,7 @@ class PretrainConfig(Config):
     kind: Literal["pretrain"] = "pretrain"
     """What this file configures."""
     shards: str = ""
-    """Folder written by `cellplane data convert`."""
+    """Folder written by `cellplane data convert`, or its URL, such as s3://bucket/shards, which is mirrored here and checked."""
     run: str = "pretrain"
     """Name of the run: its folder under $CELLPLANE_HOME/runs, and its identity in MLflow."""
     model: ModelConfig = ModelConfig()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from hashlib import sha256
-from pathlib import Path
 
 from cellplane.config import to_plain
+from cellplane.data.remote import shard_folder
 from cellplane.data.shards import read_manifest
 from cellplane.model.config import ModelConfig, identifying
 from cellplane.train.config import PretrainConfig
@@ -18,7 +18,7 @@ DETERMINING = (*SECTIONS, "gene_start", "components")
 
 def full_model_config(config: PretrainConfig) -> ModelConfig:
     """The network with the sizes that the shards determine."""
-    manifest = read_manifest(Path(config.shards))
+    manifest = read_manifest(shard_folder(config.shards))
     n_batches, n_datasets = len(manifest.batch_names), len(manifest.datasets)
     return replace(
         config.model,
@@ -34,7 +34,7 @@ def run_identity(config: PretrainConfig) -> str:
     if config.plan.weights is None:
         del plain["plan"]["weights"]  # came later: a run of an earlier version keeps its identity
     parts: dict[str, object] = {name: identifying(plain[name]) for name in SECTIONS} | {
-        "data": read_manifest(Path(config.shards)).fingerprint
+        "data": read_manifest(shard_folder(config.shards)).fingerprint
     }
     if config.validation.share > 0:  # came later too; held-out sentences are not trained on
         parts["held_out"] = {"share": config.validation.share}

@@ -28,6 +28,7 @@ from cellplane.artifact.folder import ModelFolder, save_model
 from cellplane.config import home, to_plain
 from cellplane.data.inputs import SOURCE_DIGITS
 from cellplane.data.loader import ShardStore
+from cellplane.data.remote import fetch_shards, is_url, shard_folder
 from cellplane.errors import CellplaneError, CheckpointError, ServiceError, TrainingError
 from cellplane.train.checkpoint import TrainingState, checkpoints_of
 from cellplane.train.checks import origin_of
@@ -39,12 +40,14 @@ from cellplane.train.identity import describe_run as describe_run
 from cellplane.train.identity import full_model_config as full_model_config
 from cellplane.train.identity import run_identity as run_identity
 from cellplane.train.run_folder import RunFolder as RunFolder
-from cellplane.train.watchdog import collective_limit_s, found_stacks
+from cellplane.train.watchdog import collective_limit_s, ended_after_s, found_stacks
+from cellplane.train.worker import WRITER_WAIT_S
 from cellplane.train.worker import run_worker as run_worker
 
 log = logging.getLogger(__name__)
 
 SETTLING_S = 10.0  # a job that has just ended gives its CPUs back a little later
+SUBMITTED = "submitted"  # why a run's first group begins
 REJOIN_S = 600.0  # a node that was lost may come back
 # Threads that wait must sleep: spinning ones make everything that shares their cores slow (STACK.md 9)
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -72,9 +75,11 @@ def pretrain(config: PretrainConfig) -> PretrainOutcome:
     """Trains to the configured number of steps, going on from what the run folder holds, and writes the model folder.
 
     Needs an initialised Ray. Raises TrainingError when the run fails for good, CheckpointError when its checkpoints do
-    not fit, DataError when the shards are damaged.
+    not fit, DataError when the shards are damaged, StorageError when their URL cannot be read.
     """
-    config = config.model_copy(update={"shards": str(Path(config.shards).absolute())})  # workers have working folders of their own
+    shards = fetch_shards(config.shards)
+    if not is_url(config.shards):
+        config = config.model_copy(update={"shards": str(shards.absolute())})  # workers have working folders of their own
     began = time.monotonic()
     folder = RunFolder.of(config.run)
     found = newest_state(config)
@@ -109,7 +114,7 @@ def newest_state(config: PretrainConfig) -> TrainingState | None:
 
 
 def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
-    store = ShardStore(Path(config.shards))
+    store = ShardStore(shard_folder(config.shards))
     return ModelFolder(
         config=full_model_config(config),
         weights=state.weights,
@@ -133,12 +138,12 @@ def _model_folder(config: PretrainConfig, state: TrainingState) -> ModelFolder:
 
 def _train_through(config: PretrainConfig, folder: RunFolder, done: int) -> None:
     """Groups of workers until the last step; TrainingError when too many in a row were lost without a new checkpoint."""
-    failures, because, patience_s = 0, "submitted", 0.0
+    failures, because, patience_s = 0, SUBMITTED, 0.0
     while done < config.optimizer.steps:
         count = _await_room(config.workers, patience_s)
         folder.started(count, done, because)
         try:
-            done, because = _run_group(config, folder, count), "there is room for more workers"
+            done, because = _run_group(config, folder, count, again=because != SUBMITTED), "there is room for more workers"
         except _GroupLost as loss:
             reached = _kept(config)
             failures = failures + loss.ran if reached == done else int(loss.ran)
@@ -206,7 +211,8 @@ class GroupSettings:
 def group_settings(config: PretrainConfig, folder: RunFolder, count: int) -> GroupSettings:
     """The group of ``count`` workers as Ray Train wants it; asks no cluster, so that the GPU path can be looked at anywhere."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+
+    from cellplane.train.network import AddressedTorchConfig
 
     workers = config.workers
     timeout_s = workers.collective_timeout_s
@@ -221,19 +227,24 @@ def group_settings(config: PretrainConfig, folder: RunFolder, count: int) -> Gro
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # this module decides
             worker_runtime_env={"env_vars": environment},
         ),
-        backend=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(collective_limit_s(timeout_s))),
+        backend=AddressedTorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=int(collective_limit_s(timeout_s))),
         controller={"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout_s), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"},
     )
 
 
-def _run_group(config: PretrainConfig, folder: RunFolder, count: int) -> int:
-    """Steps done when a group of ``count`` workers has ended by itself; _GroupLost, or the error that would come back."""
+def _run_group(config: PretrainConfig, folder: RunFolder, count: int, again: bool = False) -> int:
+    """Steps done when a group of ``count`` workers has ended by itself; _GroupLost, or the error that would come back.
+
+    ``again``: there was a group before. Its writer may live on a host that was cut off, and end only when its step is overdue.
+    """
     from ray.train.torch import TorchTrainer
 
     settings, began = group_settings(config, folder, count), time.time()
+    timeout_s = config.workers.collective_timeout_s
+    wait_s = ended_after_s(timeout_s) if again else min(WRITER_WAIT_S, timeout_s / 2)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": to_plain(config)},
+        train_loop_config={"config": to_plain(config), "writer_wait_s": wait_s},
         scaling_config=settings.scaling,
         run_config=settings.run,
         torch_config=settings.backend,
@@ -316,7 +327,7 @@ def _worker(settings: dict[str, Any]) -> int:
 
     size, rank = context.get_world_size(), context.get_world_rank()
     with exported(RunFolder.of(config.run).journal, _gauges(config.run)) if rank == 0 else nullcontext():
-        run_worker(config, size, rank, report, lambda: has_room(config.workers, _nodes(), size))
+        run_worker(config, size, rank, report, lambda: has_room(config.workers, _nodes(), size), settings["writer_wait_s"])
     return last
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cellplane.data.manifest import Manifest, read_manifest
+from cellplane.data.remote import fetch_shards
 from cellplane.data.sentences import StepPlan
 from cellplane.model.config import ModelConfig
 from cellplane.train.config import EngineConfig, PretrainConfig
@@ -134,7 +134,7 @@ def plan_run(config: PretrainConfig, device: str | None = None, devices: int | N
     Data are those of `config.shards`, else assumed and said so. Raises ConfigError for an unknown device, DataError for
     shards that are not there.
     """
-    manifest = read_manifest(Path(config.shards)) if config.shards else None
+    manifest = read_manifest(fetch_shards(config.shards)) if config.shards else None
     model, cell, assumed = _network(config, manifest)
     if device is None:
         device = "h100" if config.workers.use_gpu else "cpu"

@@ -11,22 +11,17 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-import fsspec
+from typing import Any
 
 from cellplane.artifact.folder import MANIFEST
+from cellplane.data.remote import WAITS_S, open_store, patiently
 from cellplane.data.shards import fault
-from cellplane.errors import ConfigError, StorageError
 from cellplane.train.retention import Entry, entry_of, step_of
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
-
-WAITS_S = (0.5, 2.0, 8.0)  # between the tries of one operation: a store that is busy, a connection that was cut
 
 
 class RemoteFolder:
@@ -34,20 +29,17 @@ class RemoteFolder:
 
     def __init__(self, url: str, waits_s: Sequence[float] = WAITS_S) -> None:
         self.url, self._waits_s = url, waits_s
-        try:
-            self._system, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"checkpoint.folder {url}: {error}; install the package of that protocol, or name a folder") from error
+        self._system, self._root = open_store(url, "checkpoint.folder")
 
     def entries(self) -> list[Entry]:
         """What is there, oldest first; only one whose manifest arrived unharmed, and all files with it, is whole."""
-        found = self._patiently("list", self._entries)
+        found = patiently(f"list {self.url}", self._entries, self._waits_s)
         return sorted(found, key=lambda entry: entry.step)
 
     def put(self, path: Path) -> None:
         """Copies a complete checkpoint folder, its manifest last."""
         began = time.perf_counter()
-        self._patiently(f"copy {path} to", lambda: self._put(path))
+        patiently(f"copy {path} to {self.url}", lambda: self._put(path), self._waits_s)
         log.info("checkpoint %s is copied to %s, %.1f s", path.name, self.url, time.perf_counter() - began)
 
     @contextmanager
@@ -56,14 +48,14 @@ class RemoteFolder:
         holder = Path(tempfile.mkdtemp(prefix=f".{name}.fetched.", dir=beside))
         try:
             local = holder / name
-            self._patiently(f"fetch {name} from", lambda: self._fetch(name, local))
+            patiently(f"fetch {name} from {self.url}", lambda: self._fetch(name, local), self._waits_s)
             yield local
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Removes a checkpoint, its manifest first."""
-        self._patiently(f"remove {name} from", lambda: self._remove(name))
+        patiently(f"remove {name} from {self.url}", lambda: self._remove(name), self._waits_s)
 
     def _entries(self) -> list[Entry]:
         self._system.invalidate_cache()
@@ -113,19 +105,3 @@ class RemoteFolder:
         fault("in_remote_removal")
         if self._system.exists(place):
             self._system.rm(place, recursive=True)
-
-    def _patiently(self, doing: str, work: Callable[[], Answer]) -> Answer:
-        """What ``work`` gives, tried again a few times; each store has exceptions of its own, so any counts as a refusal."""
-        for wait_s in self._waits_s:
-            try:
-                return work()
-            except Exception as error:  # tried again, and raised below in the end
-                log.warning("could not %s %s, trying again in %g s: %s", doing, self.url, wait_s, error)
-                time.sleep(wait_s)
-        try:
-            return work()
-        except Exception as error:
-            raise StorageError(
-                f"could not {doing} {self.url} ({len(self._waits_s) + 1} tries): {error}; what is complete on this machine stays. "
-                "Mend the access and run again"
-            ) from error

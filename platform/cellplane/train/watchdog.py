@@ -30,6 +30,16 @@ ANSWER_S = 3.0  # a rank that is merely waiting notices by itself within this ti
 START_S = 120.0  # the first step also compiles, loads and connects
 
 
+def grace_s(timeout_s: float) -> float:
+    """Seconds that a failing collective gets, after the watchdog has spoken, to say so itself."""
+    return max(10.0, timeout_s / 2)
+
+
+def ended_after_s(timeout_s: float) -> float:
+    """Seconds after its last step by which a rank that is stuck has ended itself, whatever became of its peers."""
+    return timeout_s + grace_s(timeout_s) + 2 * ANSWER_S
+
+
 def collective_limit_s(timeout_s: float) -> float:
     """Seconds after which a collective gives up by itself: later than the watchdog, which knows more and says it."""
     return 1.5 * timeout_s + 30.0
@@ -60,7 +70,7 @@ class Watchdog:
         self.folder, self.rank, self.timeout_s = folder, rank, timeout_s
         self.peers = [peer for peer in peers if peer.rank != rank and peer.node == platform.node()]
         self.path = Peer.here(rank).stacks(folder)
-        self.grace_s = max(10.0, timeout_s / 2)  # what a failing collective gets to say so itself
+        self.grace_s = grace_s(timeout_s)
         self._done = 0
         self._limit = time.monotonic() + max(timeout_s, START_S)
         self._ended = threading.Event()

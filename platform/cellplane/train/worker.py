@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cellplane.data.loader import ShardStore
+from cellplane.data.remote import shards_here
 from cellplane.errors import CheckpointError
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.processes import locked
@@ -37,22 +37,24 @@ ValueT = TypeVar("ValueT")
 Report = Callable[[Mapping[str, float]], None]
 
 
-def run_worker(config: PretrainConfig, world_size: int, rank: int, report: Report, room: Room | None = None) -> None:
+def run_worker(
+    config: PretrainConfig, world_size: int, rank: int, report: Report, room: Room | None = None, writer_wait_s: float = WRITER_WAIT_S
+) -> None:
     """Runs one rank: builds store, network and engine, then the loop; ``report`` hears how many steps are done.
 
     ``room`` (rank 0 of an elastic run) says whether a larger group would fit; then the group ends at a checkpoint.
+    ``writer_wait_s`` is how long the writer of an earlier group may need to end; no collective waits that long for rank 0.
     Raises CheckpointError when the ranks do not see the same run folder, ServiceError when another process trains this
     run, and what `train` raises.
     """
     folder = RunFolder.of(config.run)
-    with _alone(folder, config, rank), _watched(folder, config, world_size, rank) as watchdog:
+    with _alone(folder, writer_wait_s, rank), _watched(folder, config, world_size, rank) as watchdog:
         report({"step": float(_train(config, world_size, rank, watchdog, room))})
 
 
 @contextmanager
-def _alone(folder: RunFolder, config: PretrainConfig, rank: int) -> Iterator[None]:
-    """Only one process writes a run, however often it was submitted."""
-    wait_s = min(WRITER_WAIT_S, config.workers.collective_timeout_s / 2)  # the other ranks wait meanwhile
+def _alone(folder: RunFolder, wait_s: float, rank: int) -> Iterator[None]:
+    """Only one process writes a run, however often it was submitted; the other ranks wait meanwhile."""
     with locked(folder.lock, wait_s) if rank == 0 else nullcontext():
         yield
 
@@ -65,11 +67,12 @@ def _watched(folder: RunFolder, config: PretrainConfig, world_size: int, rank: i
 
 
 def _train(config: PretrainConfig, world_size: int, rank: int, watchdog: Watchdog, room: Room | None) -> int:
+    shards = shards_here(config.shards)  # before anything is read from them
     folder, identity = RunFolder.of(config.run), run_identity(config)
     with checkpoints_of(folder.path, config.checkpoint) as checkpoints:  # left when the last one is on the disk
         state = _same_everywhere(checkpoints.newest_valid(identity), world_size)
         done = 0 if state is None else state.step
-        store, where = ShardStore(Path(config.shards)), device_of(config)
+        store, where = ShardStore(shards), device_of(config)
         network = _begun(config, store, done).to(where)
         engine = _engine(config, network, world_size, state)
         keeping = Keeping(
