@@ -185,12 +185,16 @@ def name_of(pid: int) -> str:
 
 
 def start_head(hosts: Hosts) -> None:
-    """The head's command again, with Redis where it was."""
+    """The head's command again, with Redis where it was, on a disk that knows nothing: the hosts share their process table,
+    in which Ray would take the other host's node for a head that still runs.
+    """
+    (hosts.head.folder / "ray_current_cluster").unlink(missing_ok=True)
     log = hosts.folder / f"head-{time.monotonic_ns()}.log"
     place = [f"--port={RAY_PORT}", f"--temp-dir={hosts.head.ray_folder}", "--dashboard-host=127.0.0.1"]
     shown = ["--block", "--disable-usage-stats", f"--num-cpus={hosts.cpus[0]}", f"--node-ip-address={hosts.head.address}"]
-    hosts.head.started([*RAY, "start", "--head", *place, *shown], log)
-    wait_for(lambda: b"Ray runtime started" in log.read_bytes(), 120)
+    process = hosts.head.started([*RAY, "start", "--head", *place, *shown], log)
+    wait_for(lambda: b"Ray runtime started" in log.read_bytes() or process.poll() is not None, 120)
+    assert process.poll() is None, log.read_text(encoding="utf-8")[-4000:]
 
 
 def statuses(hosts: Hosts) -> set[str]:

