@@ -46,6 +46,8 @@ def test_what_a_person_set_stays(at, monkeypatch):
     assert os.environ[INTERFACE] == "ib0"
 
 
+@pytest.mark.chaos
+@pytest.mark.cluster
 def test_a_group_that_cannot_connect_gives_its_cpus_back(ray_cluster, run_config, cellplane_home, monkeypatch):
     """Ray itself keeps them until the driver ends, so the second group would wait for ever."""
     monkeypatch.setattr("cellplane.train.launch.QUIET_THREADS", {INTERFACE: "nowhere0"})
