@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ from cellplane.genes import GeneAlignment
 from .bodies import MOST_TOLD, NumberRows, Strict, Strings, refuse_crowded
 from .limits import BATCH_JOB, Limits, refuse, refuse_unreadable
 
+NO_GENE_IDS = f"the schema metadata lacks {GENE_IDS}, a JSON list of the gene names that column 'gene' points into"
+LISTS_REMEMBERED, LONGEST_REMEMBERED = 8, 2 * 1024 * 1024  # of gene names, in bytes of JSON: a whole genome has a quarter of it
 MAX_EXACT_COUNT = 2**24  # float32 holds every integer up to here
 MAX_COORDINATE_UM = 1e9  # a kilometre: no slide is larger, and float32 holds it
 MAX_MESSAGES = 1024  # record batches in one stream: a million tiny ones would cost minutes
@@ -86,7 +89,7 @@ def decode(body: bytes, content_type: str, limits: Limits) -> Cells:
     return checked(gene_ids, columns, limits)
 
 
-def _decode_arrow(body: bytes, limits: Limits) -> tuple[list[str], Columns]:
+def _decode_arrow(body: bytes, limits: Limits) -> tuple[Sequence[str], Columns]:
     try:
         table = _read_stream(body, limits)
         table.validate(full=True)
@@ -198,11 +201,40 @@ def _metadata(schema: pa.Schema, key: str) -> object:
         raise refuse(400, f"the schema metadata {key!r} is not JSON") from error
 
 
-def _gene_ids(schema: pa.Schema) -> list[str]:
-    found = _metadata(schema, GENE_IDS)
+class GeneIds(tuple[str, ...]):
+    """Gene names of an Arrow request. They travel to a copy of the model as the text they came as, and are read there once."""
+
+    text: bytes
+
+    def __reduce__(self) -> tuple[Callable[[bytes], GeneIds], tuple[bytes]]:
+        return gene_ids_of, (self.text,)
+
+
+def gene_ids_of(text: bytes) -> GeneIds:
+    """The names in a JSON list; a list that comes again is not read again. ServiceError 400 or 422 for anything else."""
+    return _remembered(text) if len(text) <= LONGEST_REMEMBERED else _read_gene_ids(text)
+
+
+def _read_gene_ids(text: bytes) -> GeneIds:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise refuse(400, f"the schema metadata {GENE_IDS!r} is not JSON") from error
     if not isinstance(found, list) or not all(isinstance(gene, str) for gene in found):
-        raise refuse(422, f"the schema metadata lacks {GENE_IDS}, a JSON list of the gene names that column 'gene' points into")
-    return found
+        raise refuse(422, NO_GENE_IDS)
+    names = GeneIds(found)
+    names.text = text
+    return names
+
+
+_remembered = lru_cache(LISTS_REMEMBERED)(_read_gene_ids)
+
+
+def _gene_ids(schema: pa.Schema) -> GeneIds:
+    text = (schema.metadata or {}).get(GENE_IDS.encode())
+    if text is None:
+        raise refuse(422, NO_GENE_IDS)
+    return gene_ids_of(text)
 
 
 def _column(name: str, values: pa.ChunkedArray) -> Any:
@@ -257,7 +289,7 @@ def _json_refusal(error: ValidationError) -> Exception:
     return refuse(422, f"{place[0]!r}{row}: {first['msg']}"[:300])
 
 
-def checked(gene_ids: list[str], columns: Columns, limits: Limits) -> Cells:
+def checked(gene_ids: Sequence[str], columns: Columns, limits: Limits) -> Cells:
     """The cells of decoded columns; 422 naming column and row for whatever cannot be counts of cells."""
     if not gene_ids:
         raise refuse(422, f"{GENE_IDS} is empty; name the genes")

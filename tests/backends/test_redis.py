@@ -35,7 +35,7 @@ from tests.tiny import tiny_folder
 
 REDIS_PORT = 6390
 OUTSIDE = "10.77.0.254"
-SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}  # what docs/cluster.md recommends
+SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}  # for machines that are busy
 AWAY_S = 20.0
 STEPS, KEPT, LOST_AFTER = 20, 5, 8
 KEY, KEY_LINE = new_key("tests")
@@ -87,7 +87,7 @@ def test_the_other_host_goes_on_answering_while_the_head_is_away(hosts, endpoint
         wait_for(lambda: time.time() > lost + AWAY_S, 2 * AWAY_S)
         away = time.time()
         start_head(hosts)
-        wait_for(lambda: statuses(hosts) == {"RUNNING"}, 120)
+        wait_for(lambda: statuses(hosts) == {"RUNNING"}, 240)
         healthy = time.time()
         wait_for(lambda: answers(hosts, hosts.head), 120)
         settled = len(callers.asked)
@@ -117,7 +117,7 @@ def test_training_goes_on_after_the_head_is_back(hosts, endpoint, run_config, ru
         process.kill()
         process.wait()
     start_head(hosts)
-    wait_for(lambda: statuses(hosts) == {"RUNNING"}, 120)
+    wait_for(lambda: statuses(hosts) == {"RUNNING"}, 240)
     began = time.time()
     hosts.head.run(command, hosts.folder / "again.log", timeout_s=300)
     told(trained_again_s=time.time() - began)

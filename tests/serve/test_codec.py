@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -300,3 +301,14 @@ def test_mutated_arrow_bodies_are_read_or_refused_never_worse() -> None:
             statuses.append(error.status)
     assert len(statuses) > 500
     assert set(statuses) <= {400, 413, 422}
+
+
+def test_names_of_genes_travel_as_their_text_and_are_read_once() -> None:
+    first, second = (decode(body(), ARROW_TYPE, LIMITS).gene_ids for _ in range(2))
+    assert list(first) == GENE_NAMES
+    assert first is second
+    sent = pickle.dumps(decode(body(), ARROW_TYPE, LIMITS), 5)
+    assert json.dumps(GENE_NAMES).encode() in sent
+    assert pickle.loads(sent).gene_ids is first
+    other = decode(body(**{GENE_IDS: [*GENE_NAMES[:-1], "ANOTHER"]}), ARROW_TYPE, LIMITS).gene_ids
+    assert other[-1] == "ANOTHER"
