@@ -94,7 +94,7 @@ class Load:
         return sorted(self.answers)
 
 
-def until(what: Callable[[], bool], seconds: float = 90.0) -> float:
+def until(what: Callable[[], bool], seconds: float = 240.0) -> float:
     """Seconds until it is so."""
     began = time.monotonic()
     while not what():
