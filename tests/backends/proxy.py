@@ -87,7 +87,11 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self._cut()
                 return
             if fault in REFUSALS:
-                self._answer(REFUSALS[fault], {"Content-Type": "application/xml"}, b"<Error><Code>ServiceUnavailable</Code></Error>")
+                self._answer(
+                    REFUSALS[fault],
+                    {"Content-Type": "application/xml"},
+                    b"<Error><Code>ServiceUnavailable</Code><Message>busy</Message></Error>",
+                )
                 return
             connection = http.client.HTTPConnection("127.0.0.1", proxy.behind, timeout=HANG_S)
             headers = {key: value for key, value in self.headers.items() if key.lower() not in ("transfer-encoding", "expect")}

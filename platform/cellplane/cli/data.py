@@ -136,7 +136,7 @@ def simulate(
     out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
     cells: Annotated[int | None, typer.Option("--cells", help="Number of cells.")] = None,
     genes: Annotated[int | None, typer.Option("--genes", help="Number of genes.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Another seed gives other cells.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Another seed gives other types and cells.")] = None,
     gzip: Annotated[bool, typer.Option("--gzip", help="Compress the file; slower to write and to read.")] = False,
     config: ConfigOption = "default",
     override: Overrides = None,
