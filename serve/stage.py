@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -22,8 +23,8 @@ from ray.serve.exceptions import RayServeException
 from cellplane.errors import CellplaneError, IntegrityError, ServiceError
 
 from .deployment import ServeConfig
-from .replica import ModelReplica
 from .routes import LABEL, NAME, Version
+from .turn import ModelCopy
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class ServeStage:
         if going := self._going.pop(name, None):
             going.cancel()
         self._wait_until_gone(name, config.startup_timeout_s)
-        application = serve.deployment(ModelReplica).options(
+        application = serve.deployment(ModelCopy).options(
             name=MODEL,
             **copies(config),
             max_replicas_per_node=config.max_replicas_per_node,
@@ -95,7 +96,7 @@ class ServeStage:
             max_queued_requests=config.max_queued_requests,
             **lifetimes(config),
         )
-        target = serve.RunTarget(target=application.bind(config, version), name=name, route_prefix=None)
+        target = serve.RunTarget(target=application.bind(config.model_dump(mode="json"), asdict(version)), name=name, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         needed = f"{config.num_cpus * config.replicas:g} CPUs" + (
             f" and {config.num_gpus * config.replicas:g} GPUs" if config.num_gpus else ""

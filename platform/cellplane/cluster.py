@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import psutil
 from pydantic import Field, field_validator
 
+from cellplane import haproxy
 from cellplane.config import Config, home
 from cellplane.errors import ConfigError, ServiceError
 from cellplane.processes import (
@@ -67,6 +69,10 @@ class StackConfig(Config):
     """Where drivers find Ray."""
     serve_port: int = Field(8000, ge=0, le=65535)
     """Where the endpoints will listen once something is served."""
+    proxy: Literal["serve", "haproxy"] = "serve"
+    """What receives HTTP for the endpoints: Ray Serve's own proxy, or the HAProxy that comes with it, which takes more load."""
+    max_requests: int = Field(64, ge=1)
+    """HAProxy only: bodies let in at once; more get 503 with Retry-After at the door. `serve` has a limit of its own behind."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `up` waits until everything answers."""
 
@@ -394,6 +400,9 @@ def _ray_command(stack: Stack, config: StackConfig) -> tuple[list[str], dict[str
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stack.token_path)}
     environment |= {"PYTHONPATH": _python_path(), "CELLPLANE_HOME": str(stack.home), "MLFLOW_TRACKING_URI": stack.mlflow_uri}
     environment |= {name: os.environ.get(name, value) for name, value in SOON_MISSED.items()}
+    if config.proxy == "haproxy":
+        free_port = partial(port_for, config.host, 0, "serve_port")
+        environment |= haproxy.environment(stack.temp_dir / "haproxy", config.host, config.max_requests, free_port)
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )  # `python` of submitted jobs

@@ -78,6 +78,15 @@ def usage(processes: Sequence[psutil.Process], named: str) -> dict[int, tuple[fl
     return found
 
 
+def footprint(pid: int) -> tuple[int, int] | None:
+    """(bytes of memory that is its own, open descriptors) of a process; None when it has ended."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        memory = process.memory_info()
+        return memory.rss - getattr(memory, "shared", 0), process.num_fds()
+    return None
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
@@ -175,12 +184,18 @@ def listens(host: str, port: int) -> bool:
 
 def http_status(host: str, port: int, path: str, token: str | None = None) -> int:
     """The status of a GET (with ``token`` as bearer), 0 when nobody answers within 2 s."""
+    return http_get(host, port, path, token)[0]
+
+
+def http_get(host: str, port: int, path: str, token: str | None = None) -> tuple[int, bytes]:
+    """The status and the body of a GET, as `http_status`."""
     connection = http.client.HTTPConnection(host, port, timeout=2)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        return connection.getresponse().status
+        answer = connection.getresponse()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException):
-        return 0
+        return 0, b""
     finally:
         connection.close()
 

@@ -14,13 +14,16 @@ import pyarrow as pa
 import pytest
 
 from cellplane.artifact.folder import load_model
+from cellplane.benchmark.serve_leaks import _good_and_bad
 from cellplane.benchmark.serve_load import LOST, Answered, Order
 from cellplane.benchmark.serve_stack import FLIPPED, GOLDEN, GOOD, NAME, NAN, NEXT, Endpoint, Loading, _register_versions, percentile
-from cellplane.client import write_stream
-from cellplane.errors import BenchmarkError, IntegrityError
+from cellplane.client import ARROW_TYPE, write_stream
+from cellplane.errors import BenchmarkError, IntegrityError, ServiceError
 from cellplane.inference import Predictor
 from cellplane.pipelines.golden import check_golden
 from cellplane.tracking.registry import list_models, resolve_model
+from serve.codec import decode
+from serve.limits import Limits
 
 
 class Script:
@@ -124,3 +127,13 @@ def test_the_broken_versions_are_broken_in_their_own_ways(tmp_path: Path) -> Non
         check_golden(predictor(GOLDEN))
     with pytest.raises(IntegrityError, match=r"weights\.safetensors"):
         predictor(FLIPPED)
+
+
+def test_what_is_to_leave_nothing_behind_alternates_sound_and_refused_bodies(tmp_path: Path) -> None:
+    _register_versions(tmp_path)
+    bodies = [path.read_bytes() for path in _good_and_bad(Endpoint(tmp_path, ""))]
+    assert [decode(body, ARROW_TYPE, Limits()).n_cells for body in bodies[::2]] == [8, 64, 8, 64]
+    for body in bodies[1::2]:
+        with pytest.raises(ServiceError) as refused:
+            decode(body, ARROW_TYPE, Limits())
+        assert refused.value.status in (400, 413, 422)

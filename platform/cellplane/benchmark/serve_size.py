@@ -1,8 +1,8 @@
 """What an answer costs by size: a small and a large network, few cells and many, Arrow beside JSON, the bare model beside the wire.
 
 The large model is the 85m configuration with the released checkpoint's genes and random weights, which cost what trained
-ones cost. It is served from the same stack, one copy on all cores; the bare model computes the same cells with as many
-threads, in turn, and never at the same time.
+ones cost. It is served from the same stack, a copy of one thread for each core; the bare model computes the same cells with
+as many threads in one process, in turn, and never at the same time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 
 LARGE, LARGE_GENES, NONZEROS = "large", 19_374, 1350
 CALLERS, CELLS_EACH, PACKED = 16, 64, 0.7
+PACK = 4 * CELLS_EACH  # small packs: while one is computed, others are read and written
 SIZES = (1, 64, 1000)
 ROUNDS = 5
 OURS = "cellplane.benchmark.predict_ours"
@@ -46,7 +47,8 @@ def _large(endpoint: Endpoint) -> Side:
     side.ask("threads", dict(number=threads))
     side.ask("model", dict(path=str(folder), config=read_yaml(find_config("85m", "model")), genes=LARGE_GENES))
     side.ask("ready", dict(model=str(folder), path=str(cells)))
-    command(endpoint.home, "serve", str(folder), "--name", LARGE, "-o", f"num_cpus={threads}")
+    settings = ("num_cpus=1", f"replicas={threads}", f"max_cells_per_forward={PACK}")
+    command(endpoint.home, "serve", str(folder), "--name", LARGE, *(word for setting in settings for word in ("-o", setting)))
     return side
 
 

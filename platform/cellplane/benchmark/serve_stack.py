@@ -157,13 +157,13 @@ def bodies_of(endpoint: Endpoint, cells: AnnData) -> list[Path]:
 
 
 @contextmanager
-def an_endpoint() -> Iterator[Endpoint]:
-    """A stack with the versions in its registry, the first one served; gone afterwards."""
+def an_endpoint(proxy: str = "serve") -> Iterator[Endpoint]:
+    """A stack with the versions in its registry, the first one served; gone afterwards. ``proxy`` as `cellplane up` takes it."""
     with tempfile.TemporaryDirectory(prefix="cellplane-benchmark-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         _register_versions(home)
         try:
-            command(home, "up", "-o", "num_cpus=2", *(word for name in PORTS for word in ("-o", f"{name}=0")))
+            command(home, "up", "-o", "num_cpus=2", "-o", f"proxy={proxy}", *(word for name in PORTS for word in ("-o", f"{name}=0")))
             promote(NAME, GOOD, local_uri(home))
             options = [word for setting in SETTINGS for word in ("-o", setting)]
             url = command(home, "serve", f"models:/{NAME}@champion", "--name", NAME, *options)["url"]

@@ -28,12 +28,11 @@ from cellplane.model.perturbation import KINDS, SIGNS, PairedBatch
 from cellplane.pipelines.base import starting_model
 from cellplane.pipelines.gene_names import GeneNames
 from cellplane.pipelines.imputation_cells import Rows, dense, renumbered, scaled_log
-from cellplane.pipelines.perturbation_config import PerturbationConfig
+from cellplane.pipelines.perturbation_config import TARGETS, PerturbationConfig
 from cellplane.seeds import keyed_seed
 
 log = logging.getLogger(__name__)
 
-TARGETS = 2  # of one cell, as CellBatch has room for
 Names = NDArray[np.object_]
 Table = NDArray[np.float64]
 
@@ -152,7 +151,12 @@ def read_screen(data: AnnData, config: PerturbationConfig, base: ModelFolder | N
     names = named(data, config)
     genes = GeneNames.of(data, vocabulary, config.keys)
     meaning, stimuli = _meanings(names, config, genes)
-    kept = np.array([name == "" or name in meaning for name in names])
+    counted = table.totals() > 0
+    if not (counted & (names == "")).any():
+        raise DataError("no control cell has counts in genes the model knows: a screen is read from its controls")
+    if empty := int((~counted).sum()):
+        log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, table.n_cells)
+    kept = counted & np.array([name == "" or name in meaning for name in names])
     group, cell_type = groups(data, config)
     table, names, group = table.rows(np.flatnonzero(kept)), names[kept], group[kept]
     if start is None and len(vocabulary) > config.max_genes:
@@ -160,19 +164,17 @@ def read_screen(data: AnnData, config: PerturbationConfig, base: ModelFolder | N
         genes = GeneNames.of(data, vocabulary, config.keys)
         meaning, stimuli = _meanings(names, config, genes)
     check_groups(group, names, config)
-    totals = table.totals()[(names == "")]
-    if not (totals > 0).any():
-        raise DataError("no control cell has counts in genes the model knows")
-    return Screen(table, genes, group, names, meaning, float(np.median(totals[totals > 0])), cell_type, stimuli), start, report
+    total = float(np.median(table.totals()[names == ""]))
+    return Screen(table, genes, group, names, meaning, total, cell_type, stimuli), start, report
 
 
 def named(data: AnnData, config: PerturbationConfig) -> Names:
     """Every cell's perturbation [n]: '' for a control, None for a cell that is to be left out. DataError without controls."""
     names = column(data, config.perturbation_key)
     if config.control not in names:
-        seen = ", ".join(sorted({str(name) for name in names})[:5])
+        seen = ", ".join([*sorted({str(name) for name in names})[:5], "..."] if len(names) else ["nothing: there are no cells"])
         raise DataError(
-            f"no cell of obs[{config.perturbation_key!r}] is {config.control!r} (it says {seen}, ...): predictions start from control "
+            f"no cell of obs[{config.perturbation_key!r}] is {config.control!r} (it says {seen}): predictions start from control "
             "cells; set control to what yours are called"
         )
     left_out = {None, *config.ignore}

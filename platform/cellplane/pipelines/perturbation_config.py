@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from cellplane.pipelines.config import SMALL_DECODING
 from cellplane.train.config import FitConfig, OptimizerConfig
 
 Kind = Literal["knockout", "crispri", "crispra", "stimulation"]
+TARGETS = 2  # genes of one perturbation, as CellBatch has room for
 
 
 class PerturbationConfig(FitConfig):
@@ -33,8 +34,9 @@ class PerturbationConfig(FitConfig):
     """What the perturbations are."""
     kinds: dict[str, Kind] = {}
     """The kind of single perturbations, by name, where it differs."""
-    targets: dict[str, tuple[str, ...]] = {}
-    """Genes of perturbations whose names are not genes, e.g. {IFN-b: [IFNB1]}; a stimulus without one has a vector of its own."""
+    targets: dict[str, Annotated[tuple[str, ...], Field(min_length=1, max_length=TARGETS)]] = {}
+    """Genes (one or two) of perturbations whose names are not genes, e.g. {IFN-b: [IFNB1]}; a stimulus without one has a vector of its
+    own."""
     ignore: tuple[str, ...] = ()
     """Names in that column whose cells are left out, e.g. multiple, unassigned."""
     unknown: Literal["error", "leave_out"] = "error"
