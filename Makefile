@@ -27,13 +27,16 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "cellplane needs Python 3.11 or newer; found: $$($(PYTHON) --version 2>&1 | head -n 1). Name one: make venv PYTHON=python3.11"; exit 1; }
 	@rm -f $(STAMP)
+	@echo "making .venv: three steps, five to fifteen minutes by network and disk; pip says nothing meanwhile unless something is wrong"
 	@$(PYTHON) -m venv .venv
-	@echo "installing $(TORCH) (the largest part; TORCH_INDEX=URL takes it from another index)"
+	@echo "[1/3] $$(date +%T) installing $(TORCH) (the largest part; TORCH_INDEX=URL takes it from another index)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") $(TORCH)
-	@echo "installing the other packages of requirements.lock"
+	@echo "[2/3] $$(date +%T) installing the $$(grep -c == requirements.lock) packages of requirements.lock"
 	@$(PIP) -r requirements.lock
+	@echo "[3/3] $$(date +%T) installing cellplane itself"
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+	@echo "      $$(date +%T) done; put its commands on the path: source .venv/bin/activate"
 
 demo: venv  ## the whole way once, from real cells to a served answer
 	@$(BIN)/cellplane demo $(ARGS)

@@ -60,6 +60,7 @@ class Router:
         self._configs: dict[str, ServeConfig] = {}
         self._busy: dict[str, threading.Lock] = {}
         self._handled: dict[str, Handled] = {}
+        self._damaged: set[tuple[str, str]] = set()  # models and addresses that failed for good: not tried again as somebody's `previous`
         self._rollouts = Rollouts(stage or ServeStage(lambda name: self._configs[name]), self._publish, self._first_table())
         threading.Thread(target=self._follow, daemon=True).start()
 
@@ -74,6 +75,7 @@ class Router:
         with self._lock_of(name):
             before = self._configs.get(name)
             self._configs[name], self._handled[name] = config, Handled(config, wanted)
+            self._damaged -= {(name, address) for address in wanted.values()}
             try:
                 self._bring(config, wanted)
             except CellplaneError:
@@ -123,6 +125,8 @@ class Router:
     def _put(self, config: ServeConfig, alias: str, address: str) -> str:
         """Start one version and return its label; only the champion's failure is the caller's."""
         label = address.rpartition("/")[2] if address.startswith(REGISTERED) else ""
+        if alias != CHAMPION and (config.name, address) in self._damaged:
+            return label
         try:
             version = self._version(config, address)
             label = version.label
@@ -131,9 +135,12 @@ class Router:
             if label:
                 self._rollouts.refuse(config.name, label, str(error))
             self._tag(config, address, f"failed: {error}")
+            if not isinstance(error, ServiceError):
+                self._damaged.add((config.name, address))
             if alias == CHAMPION:
                 raise
             return label
+        self._damaged.discard((config.name, address))
         self._tag(config, address, "ready")
         return label
 
@@ -203,7 +210,7 @@ class Router:
             return
         addresses = _addresses(registered, numbers)
         now = Handled(config, addresses)
-        if not numbers or self._handled.get(config.name) == now or config.name not in self.table().models:
+        if not numbers or self._is_handled(now) or config.name not in self.table().models:
             return
         labels = {alias: str(number) for alias, number in numbers.items()}
         if set(labels.values()) <= self._ready(config.name):
@@ -212,6 +219,13 @@ class Router:
         elif (turn := self._lock_of(config.name)).acquire(blocking=False):
             self._handled[config.name] = now
             threading.Thread(target=self._bring_in_turn, args=(config, addresses, turn), daemon=True).start()
+
+    def _is_handled(self, now: Handled) -> bool:
+        """Whether nothing has changed, or only `previous` beside a champion that is damaged: promoting sets the one before the other."""
+        before = self._handled.get(now.config.name)
+        if before is None or before.config != now.config or (now.config.name, now.addresses.get(CHAMPION, "")) not in self._damaged:
+            return before == now
+        return {**before.addresses, PREVIOUS: ""} == {**now.addresses, PREVIOUS: ""}
 
     def _bring_in_turn(self, config: ServeConfig, addresses: Mapping[str, str], turn: threading.Lock) -> None:
         try:

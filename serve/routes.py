@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from cellplane.tracking.registry import CHAMPION as CHAMPION
+from cellplane.tracking.registry import NAME as NAME
+from cellplane.tracking.registry import PREVIOUS as PREVIOUS
+
 from .limits import refuse
 
-NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
 LABEL = r"[1-9][0-9]{0,8}|[0-9a-f]{12}"  # a registry number, or the head of a plain folder's checksum
 REFERENCE = re.compile(rf"^({NAME})(?:@({NAME})|:({LABEL}))?$")
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+CHALLENGER = "challenger"
 State = Literal["starting", "ready", "failed"]
 
 

@@ -13,11 +13,11 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellplane.client import LOOPBACK as LOOPBACK
 from cellplane.errors import ConfigError, ServiceError
 
 SCOPES = ("predict", "read")  # ask models; or only look: what is served, cards, metrics. Nothing over HTTP changes what is served
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+HOLDER = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 DIGEST = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -30,7 +30,7 @@ class ApiKey:
     scopes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name) or not DIGEST.fullmatch(self.digest):
+        if not HOLDER.fullmatch(self.name) or not DIGEST.fullmatch(self.digest):
             raise ConfigError("an API key line is `name sha256 scope[,scope]`: a plain name and 64 hexadecimal digits")
         if unknown := sorted(set(self.scopes) - set(SCOPES)) or not self.scopes:
             raise ConfigError(f"API key {self.name!r} has scopes {unknown or 'none'}; valid are {', '.join(SCOPES)}")

@@ -29,9 +29,11 @@ from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
 from cellplane.data.convert import quiet_ray_data
 from cellplane.data.files import fault, gone_if_empty
+from cellplane.data.guard import none_usable
 from cellplane.data.inputs import check_answers
+from cellplane.data.manifest import parse_vocabulary
 from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad, write_h5ad
-from cellplane.data.stored import DiskRows, Stored, store_cells
+from cellplane.data.stored import DiskRows, Stored, check_answerable, store_cells
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
 from cellplane.inference import (
     LABELS_DERIVED,
@@ -182,6 +184,25 @@ def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
     if config.task not in (can := TASKS[manifest["task"]]):
         raise ConfigError(f"{config.model} cannot {config.task}, it can {', '.join(can)}; name a model that was fine-tuned for it")
     return inputs, model, manifest["model_sha256"]
+
+
+def refuse_if_none_answerable(config: PredictConfig) -> None:
+    """DataError with the reason for each input when this model can answer none, seen before a cluster is started for nothing.
+
+    One that it can, or an answer that is there already, is enough: the rest is said of the others in the report.
+    """
+    inputs, model, sha256 = check_predict(config)
+    vocabulary, reasons = parse_vocabulary(model), list[str]()
+    for path, target in zip(inputs, targets_of(config, inputs), strict=True):
+        if _is_done(path, target, sha256, config):
+            return
+        try:
+            check_answerable(path, config.keys, vocabulary)
+        except DataError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise DataError(none_usable(reasons))
 
 
 def answer_task(task: Task) -> Task:

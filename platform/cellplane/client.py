@@ -24,7 +24,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, cell_table, query_keys
 from cellplane.errors import ConfigError, ServiceError
 from cellplane.genes import GeneVocabulary
-from cellplane.results import write_flags
+from cellplane.results import write_embedding
 from cellplane.served import Columns, served_imputation, served_perturbation, storable, write_served_annotation, write_served_rates
 from cellplane.served import ServedAnnotation as ServedAnnotation
 from cellplane.wire import ARROW_TYPE as ARROW_TYPE
@@ -151,8 +151,7 @@ class Client:
         asked = self._asked(adata, model, keys, options)
         columns, about = self._ask(asked, "embed", progress)
         embedding: NDArray[np.float32] = columns["embedding"]
-        write_flags(adata, asked.cells.table)
-        adata.obsm["X_cellplm"] = embedding
+        write_embedding(adata, embedding, asked.cells.table)
         adata.uns["cellplm"] = storable(about)
         return embedding
 

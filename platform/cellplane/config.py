@@ -87,6 +87,20 @@ def load_config(cls: type[ConfigT], name: str | Path | None, kind: str, override
     return validate(cls, values, source, [item.partition("=")[0] for item in rest])
 
 
+def setting(key: str, name: str | None, kind: str, overrides: Sequence[str] = ()) -> Any:
+    """What a file and its `a.b=c` overrides say of one key, unchecked; None when they say nothing of it.
+
+    For a look before the class that reads the file is loaded, which may take many seconds. Raises ConfigError as `load_config`.
+    """
+    raw = {} if name is None else read_yaml(find_config(name, kind))
+    own = [item for item in overrides if item.startswith(f"{key}=")]
+    try:
+        merged = OmegaConf.merge(OmegaConf.create({key: raw.get(key)}), _dotlist(own))
+        return OmegaConf.to_container(merged, resolve=True)[key]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         try:

@@ -27,6 +27,7 @@ from cellplane.cells import CellBatch
 from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in, store_with_panel
 from cellplane.data.config import DataKeys
 from cellplane.data.loader import prefetch
+from cellplane.data.quality import tell_scale
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
 from cellplane.data.sources import AnnData, cell_table, gene_columns
 from cellplane.data.sources import query_keys as query_keys
@@ -45,6 +46,7 @@ from cellplane.results import flag_column as flag_column
 from cellplane.results import record as record
 from cellplane.results import write_annotation as write_annotation
 from cellplane.results import write_denoised as write_denoised
+from cellplane.results import write_embedding as write_embedding
 from cellplane.results import write_flags as write_flags
 
 log = logging.getLogger(__name__)
@@ -318,6 +320,7 @@ def read_cells(
     cells (`Predictor.company`). ConfigError for another name.
     """
     table, report = cell_table(adata, vocabulary, keys, classes)
+    tell_scale(table)
     if isinstance(context, str):
         store, told = store_in(context, table, max_cells)
         return Read(store, {**report, "context": told})
@@ -358,7 +361,8 @@ class BatchedStore:
 def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: str | None = None) -> Denoised:
     """What a model expects every cell to show, decoded in ``target_batch`` or as `decoded_in` says.
 
-    Beside the answer only some cells' genes are in memory at a time. Columns of one gene all get the gene's rate.
+    Beside the answer only some cells' genes are in memory at a time. Columns of one gene all get the gene's rate. The report
+    counts cells of batches that the model did not learn, where it learned any.
     """
     folder = predictor.folder
     table, report = cell_table(data, folder.vocabulary, keys)
@@ -367,7 +371,8 @@ def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: s
     rates = np.empty((table.n_cells, len(columns)), dtype=np.float32)
     for rows, shares in predictor.rates(store, decoded_in(folder, store, target_batch)):
         rates[rows] = rates_of(shares, columns)
-    return Denoised(rates, table, report)
+    new = int((store.batch_index < 0).sum()) if batches_of(folder) and target_batch is None else 0
+    return Denoised(rates, table, {**report, "cells_of_unlearned_batches": new} if new else report)
 
 
 def rates_of(shares: NDArray[np.float32], columns: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -392,5 +397,6 @@ def decoded_in(folder: ModelFolder, store: BatchedStore, target: str | None) -> 
         return (names.index(target),)
     if not names or (store.batch_index >= 0).all():
         return None
-    log.info("%d cells are of batches that were not learned: all are decoded in the mean of %d", (store.batch_index < 0).sum(), len(names))
+    new = int((store.batch_index < 0).sum())
+    log.warning("%d cells are of batches that were not learned: all are decoded in the mean of %d", new, len(names))
     return tuple(range(len(names)))

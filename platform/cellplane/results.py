@@ -68,6 +68,12 @@ def write_denoised(data: AnnData, found: Denoised, key_added: str = "cellplm") -
     data.obs[f"{key_added}_size_factor"] = found.table.totals().astype(np.float32)
 
 
+def write_embedding(data: AnnData, latent: NDArray[np.float32], table: CellTable, key_added: str = "cellplm") -> None:
+    """Writes obsm[X_key], and in obs[key_flag] which cells have the embedding of their context alone."""
+    write_flags(data, table, key_added)
+    data.obsm[f"X_{key_added}"] = latent
+
+
 def write_flags(data: AnnData, table: CellTable, key_added: str = "cellplm") -> None:
     """Says in obs[key_flag] which cells show the model nothing, and why; without such cells there is no such column."""
     key, flags = f"{key_added}_flag", flag_column(table)

@@ -13,7 +13,7 @@ import torch
 
 from cellplane.artifact.folder import save_model
 from cellplane.cli.main import main
-from cellplane.data.sources import AnnData, write_h5ad
+from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.tracking.registry import register
 from cellplane.tracking.runs import RunSpec, TrackedRun, local_uri
@@ -90,3 +90,16 @@ def registered(tmp_path_factory: pytest.TempPathFactory, fitted: CellTypeAnnotat
         tracked.log_artifacts(path, "model")
         assert register(path, tracked.run_id, "types", uri) == version
     return uri, folder / "model-1"
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path, h5ad: Path) -> Path:
+    """Files that are not what they seem, in the working folder."""
+    (tmp_path / "text.h5ad").write_text("cell,gene\n")
+    (tmp_path / "truncated.h5ad").write_bytes(h5ad.read_bytes()[:-4000])
+    (tmp_path / "empty.h5ad").touch()
+    (tmp_path / "folder.h5ad").mkdir()
+    scaled = read_h5ad(h5ad)
+    scaled.X = scaled.X * 0.37
+    write_h5ad(scaled, tmp_path / "scaled.h5ad")
+    return tmp_path

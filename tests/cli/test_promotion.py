@@ -41,8 +41,11 @@ def test_a_worse_version_needs_force(run, uri):
     for version, score in ((1, 0.9), (2, 0.5)):
         (run_id,) = [model.run_id for model in list_models(uri) if model.version == version]
         connect(uri).log_metric(run_id, "test/cellplm/macro_f1", score)
-    assert "macro_f1 0.9000" in run("models", "promote", "types", "1", "--tracking-uri", uri).out
+    assert "macro_f1 0.9000" in (out := run("models", "promote", "types", "1", "--tracking-uri", uri).out)
+    assert "warning" not in out
     refused = run("models", "promote", "types", "2", "--tracking-uri", uri)
     assert (refused.code, "champion has 0.9000" in " ".join(refused.err.split())) == (2, True)
     assert run("models", "promote", "types", "2", "--tracking-uri", uri, "--force").code == 0
+    connect(uri).log_metric(run_id, "test/majority/macro_f1", 0.45)
+    assert "no method does much better" in run("models", "promote", "types", "2", "--tracking-uri", uri, "--force").out
     assert "forced" in run("models", "history", "types", "--tracking-uri", uri).out

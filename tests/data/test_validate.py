@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -380,10 +381,23 @@ def test_the_verb_takes_what_convert_takes_and_judges_each_and_all(run, tmp_path
     assert "name their genes differently" in found["errors"][0]
     assert run("data", "validate", folder)[1].endswith("3 of 3 files can be converted, but NOT together\n")
     (folder / "d.h5ad").write_text("text")
-    assert f"CANNOT be converted: {folder}/d.h5ad\n3 of 4 files" in run("data", "validate", folder)[1]
+    assert f"CANNOT be read: {folder}/d.h5ad (4 bytes)" in run("data", "validate", folder)[1]
     assert run("data", "validate", f"{folder}/none*")[0] == 3
     assert run("data", "validate", folder / "a.h5ad", "--layer", "nowhere")[0] == 3
     assert run("data", "validate", folder / "a.h5ad", "--fov-key", "batch")[0] == 0
+
+
+def test_files_that_cannot_be_read_are_named_and_not_counted_as_files_of_no_cells(run, tmp_path):
+    good = written(tmp_path, simulate(SimulateConfig(n_cells=70, n_genes=30)))
+    (tmp_path / "text.h5ad").write_text("text")
+    code, out = run("data", "validate", good, tmp_path / "text.h5ad", tmp_path / "gone.h5ad")
+    assert code == 3
+    assert "0 cells" not in out.replace("70 cells", "")
+    for name, reason in (("gone", ": no such file"), ("text", r" \(4 bytes\) is not an HDF5 file but text")):
+        assert len(re.findall(rf"CANNOT be read: \S*/{name}\.h5ad{reason}", out)) == 2  # where its turn is, and at the end
+    assert out.endswith("70 cells in 1 readable file\n1 of 3 files can be converted\n")
+    found = json.loads(run("data", "validate", tmp_path / "gone.h5ad", "--json")[1])
+    assert (found["ok"], found["readable"], found["cells"]) == (False, False, None)
 
 
 def test_texts_that_mean_no_label_are_missing_ones(tmp_path):

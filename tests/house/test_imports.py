@@ -15,7 +15,7 @@ from tests.house.source import PLATFORM, ROOT, Source, imports, modules, room, s
 # Each room may import rooms of earlier rows only; inside the first row modules may import one another.
 ROWS = (
     ("cellplane", "genes", "cells", "seeds", "config", "errors", "logs"),
-    ("data", "model", "artifact", "tracking", "processes", "package"),
+    ("data", "model", "artifact", "tracking", "processes", "package", "haproxy"),
     ("results", "wire"),
     ("inference", "train", "served"),
     ("pipelines", "batch", "client"),

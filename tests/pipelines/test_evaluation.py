@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from cellplane.artifact.folder import save_model
@@ -20,6 +21,15 @@ def test_held_out_cells_may_have_other_genes(fitted, training, query):
     stranger.var_names = [f"x{n}" for n in range(stranger.n_vars)]
     with pytest.raises(DataError):
         evaluate_annotation(fitted, training, stranger, 0)
+
+
+def test_cells_whose_types_nobody_can_tell_are_not_a_contest(fitted, training, query, caplog):
+    evaluate_annotation(fitted, training, query, 0)
+    assert "no method does much better" not in caplog.text
+    foreign = query.copy()
+    foreign.obs["cell_type"] = np.random.default_rng(0).permutation(foreign.obs["cell_type"].astype(str))
+    evaluate_annotation(fitted, training, foreign, 0)
+    assert "no method does much better" in caplog.text
 
 
 def test_what_to_evaluate_must_be_named():

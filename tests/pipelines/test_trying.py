@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from cellplane.errors import ColumnError, ConfigError, DataError, FileFormatErro
 from cellplane.pipelines import annotation_baselines, try_annotation, trying
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.try_config import TryAnnotation, TryConfig, TryDenoising, TryImputation
+from cellplane.pipelines.try_parts import how_long, still_to_go
 from cellplane.pipelines.trying import TryReport, run_try
 from tests.pipelines.conftest import RECIPE
 from tests.pipelines.test_plots import assert_picture
@@ -81,6 +83,16 @@ def tried(place: Path) -> dict[str, TryReport]:
     """Every task tried once, with the answer of whoever won."""
     configs = {"annotate": annotation(place, auto=True), "impute": imputation(place, auto=True), "denoise": denoising(place, auto=True)}
     return {task: run_try(config) for task, config in configs.items()}
+
+
+def test_how_long_it_takes_is_guessed_at_the_start_and_told_from_what_was_measured(place, tmp_path):
+    said: list[str] = []
+    run_try(annotation(place, out=str(tmp_path / "timed")), said.append)
+    assert re.fullmatch(r"\[1/2\] .* cells to learn from, about \d+ (s|min) in all", said[0])
+    assert re.fullmatch(r"\[2/2\] .* cells to learn from, about \d+ (s|min) to go", said[1])
+    assert (how_long(3), how_long(44), how_long(200)) == ("about 10 s", "about 40 s", "about 3 min")
+    assert still_to_go([100.0, 140.0], 4) == ", about 4 min to go"
+    assert still_to_go([], 4) == ""
 
 
 @pytest.mark.parametrize("task", ["annotate", "impute", "denoise"])

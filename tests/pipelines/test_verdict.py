@@ -88,6 +88,16 @@ def test_a_verdict_is_told_in_plain_words(lead, decision, winner, words):
     assert f"{lead.low:+.3f} to {lead.high:+.3f}" in found.text
 
 
+@pytest.mark.parametrize(
+    ("lead", "named"), [(Lead(0.01, -0.02, 0.04), "cellplm"), (Lead(-0.01, -0.04, 0.02), "ridge"), (Lead(0, 0, 0), "ridge")]
+)
+def test_a_verdict_that_is_too_close_names_one_method_and_one_interval(lead, named):
+    found = verdict(lead)
+    advice, _, why = found.text.partition(". ")
+    assert [name for name in ("cellplm", "ridge") if name in advice] == [named] == [found.winner]
+    assert why.count("interval") == found.text.count("interval") == 1
+
+
 def test_small_leads_are_told_with_more_digits():
     text = verdict(Lead(0.00012, 0.00004, 0.0002), measure=Measure("error", "cells", digits=5)).text
     assert "+0.00004 to +0.00020" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import uvicorn
 
 from cellplane import client as client_module
 from cellplane import wire as wire_module
+from cellplane.cli.ops import _show_endpoint, endpoint_at
 from cellplane.client import Client
 from cellplane.data.config import DataKeys
 from cellplane.data.sentences import memory_store
@@ -87,6 +89,21 @@ def test_the_client_gets_the_offline_answer(listen: Callable[..., str], predicto
         assert [row["version"] for row in client.versions("tiny")] == ["3", "4"]
         assert client.versions("other") == []
         assert "cellplane_cells_total" in client.metrics()
+
+
+def test_the_status_of_the_stack_lists_what_is_served(listen: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    url = listen()
+    found = endpoint_at("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    assert found is not None
+    assert (found["url"], [row["version"] for row in found["models"]]) == (url, ["3", "4"])
+    _show_endpoint(found)
+    said = capsys.readouterr().out
+    assert f"endpoint {url}, its paths explained at {url}/docs" in said
+    assert re.search(r"^tiny +3 +champion +ready +100%$", said, re.MULTILINE)
+    assert re.search(r"^tiny +4 +- +ready +0%$", said, re.MULTILINE)
+    assert endpoint_at("127.0.0.1", 9) is None
+    _show_endpoint(None)
+    assert "no model is served" in capsys.readouterr().out
 
 
 def test_all_parts_of_one_anndata_go_to_the_version_that_answered_first(

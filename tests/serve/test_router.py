@@ -106,7 +106,11 @@ def test_a_broken_version_is_told_about_in_the_registry_and_not_tried_again(
     for broken, words in ((2, "other answers"), (4, "weights.safetensors")):
         promote(NAME, broken, uri)
         until(lambda version=broken: router.table().models[SERVED].versions.get(str(version), Version("", "")).state == "failed")
-        until(lambda version=broken: any("cellplane.serving" in m.tags for m in list_models(uri) if m.version == version))
+        until(
+            lambda version=broken: any(
+                m.tags.get("cellplane.serving", "").startswith("failed") for m in list_models(uri) if m.version == version
+            )
+        )
         (tag,) = [model.tags["cellplane.serving"] for model in list_models(uri) if model.version == broken]
         assert tag.startswith("failed")
         assert words in tag
@@ -114,6 +118,26 @@ def test_a_broken_version_is_told_about_in_the_registry_and_not_tried_again(
         assert pointing(router)["champion"] == "1"
     time.sleep(0.3)
     assert diary.events.count("start 2") == 1
+
+
+def test_a_broken_version_is_not_tried_again_when_it_becomes_the_previous_one(
+    router: Router, config: Callable[..., ServeConfig], uri: str, diary: Diary
+) -> None:
+    promote(NAME, 1, uri)
+    router.put(config())
+    diary.broken = {"2": "check"}
+    promote(NAME, 2, uri)
+    until(lambda: router.table().models[SERVED].versions.get("2", Version("", "")).state == "failed")
+    set_alias(NAME, "previous", 2, uri)  # the first of a promotion's two steps
+    time.sleep(0.3)
+    set_alias(NAME, "champion", 3, uri)
+    until(lambda: pointing(router).get("champion") == "3")
+    time.sleep(0.3)
+    assert diary.events.count("start 2") == 1
+    assert "start 3" in diary.events
+    diary.broken = {}
+    promote(NAME, 2, uri)  # mended, and asked for by name
+    until(lambda: pointing(router).get("champion") == "2")
 
 
 def test_a_broken_challenger_is_tried_once(router: Router, config: Callable[..., ServeConfig], uri: str, diary: Diary) -> None:

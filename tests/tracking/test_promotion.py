@@ -57,6 +57,18 @@ def test_a_worse_version_is_not_promoted_unless_it_must_be(tracker: str, registe
     assert history_of(NAME, tracker)[-1]["forced"] is True
 
 
+def test_where_every_method_is_near_the_majority_the_gate_says_that_none_is_of_use(tracker: str, registered: Make) -> None:
+    useless = {"cellplm": 0.12, "pca_knn": 0.11, "logistic_regression": 0.09, "majority": 0.05}
+    verdict = promote(NAME, registered("a", **useless), tracker)
+    assert verdict.refusal is None
+    assert verdict.warning is not None
+    assert "no method does much better" in verdict.warning
+    assert "macro_f1 0.120 of cellplm, the best, against 0.050" in verdict.warning
+    assert history_of(NAME, tracker)[-1]["gate"]["warning"] == verdict.warning
+    assert promote(NAME, registered("b", **{**useless, "cellplm": 0.4}), tracker).warning is None
+    assert judge(NAME, registered("c", **{**useless, "pca_knn": 0.4}), tracker).warning is None  # the cells can be told apart
+
+
 def test_a_version_without_scores_passes_and_that_is_written_down(tracker: str, registered: Make) -> None:
     one = registered("a")
     assert judge(NAME, one, tracker).metric is None

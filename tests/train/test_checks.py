@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from cellplane.cli.main import main
 from cellplane.config import to_yaml
 from cellplane.data.config import ConvertConfig, DataKeys, SimulateConfig
 from cellplane.data.convert import convert_with, write_part
+from cellplane.data.shards import read_manifest
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import write_h5ad
-from cellplane.errors import CheckpointError, ConfigError, DataError, VocabularyError
-from cellplane.train.checks import check_run, origin_of, resumed_config
+from cellplane.errors import CheckpointError, ConfigError, DataError, TrainingError, VocabularyError
+from cellplane.pipelines.jobs import check_pretrain, run_pretrain
+from cellplane.train.checks import USUAL_CELLS, check_run, origin_of, resumed_config, warn_about
 from cellplane.train.launch import pretrain
 from cellplane.train.run_folder import RunFolder
 from cellplane.train.worker import run_worker
@@ -71,18 +74,38 @@ def test_more_workers_than_micro_batches_are_refused(run_config, cellplane_home)
             check_run(run_config("r", {"workers": workers}))
 
 
-def test_a_sentence_above_the_budget_stands_alone_and_that_is_said(run_config, cellplane_home, caplog):
-    config = run_config("r", {**TORCH, "plan": {"cells_per_micro_batch": 5}})
+def test_a_sentence_above_the_budget_stands_alone_and_an_unusually_long_one_is_told(run_config, cellplane_home, caplog):
+    config = run_config("r", {**TORCH, "plan": {"cells_per_micro_batch": 5}, "workers": {"count": 1}})
     with caplog.at_level(logging.WARNING):
-        check_run(config)
-    assert "sentences of up to 12 cells exceed plan.cells_per_micro_batch = 5" in caplog.text
+        manifest = check_run(config)
+        warn_about(config, manifest)  # sentences of 12 cells: no memory worth a word
+        assert not caplog.text
+        long = replace(manifest.sentences[0], cells=USUAL_CELLS + 1)
+        warn_about(config, replace(manifest, sentences=(long, *manifest.sentences[1:])))
+    assert "sentences of up to 2049 cells exceed plan.cells_per_micro_batch = 5" in caplog.text
     run_worker(config, 1, 0, lambda metrics: None)
+
+
+def test_what_may_be_regretted_is_told_once_and_not_by_the_look_before(run_config, cellplane_home, tmp_path, caplog, monkeypatch):
+    config = run_config("r", {**TORCH, "shards": converted(tmp_path, 10, 24, 10)})
+
+    def stop(config: object) -> None:
+        raise TrainingError("far enough")
+
+    monkeypatch.setattr("cellplane.pipelines.jobs.pretrain", stop)
+    with caplog.at_level(logging.WARNING):
+        check_pretrain(config)  # as the command line does before it starts a cluster
+        with pytest.raises(TrainingError, match="far enough"):
+            run_pretrain(config)
+    assert caplog.text.count("will do nothing") == 1
 
 
 def test_one_sentence_is_trained_on_and_idle_workers_are_named(run_config, cellplane_home, tmp_path, caplog):
     config = run_config("r", {**TORCH, "shards": converted(tmp_path, 10, 24, 10)})
     with caplog.at_level(logging.WARNING):
-        assert len(check_run(config).sentences) == 1
+        manifest = check_run(config)
+        assert len(manifest.sentences) == 1
+        warn_about(config, manifest)
     assert "will do nothing" in caplog.text
     reached = []
     run_worker(config, 1, 0, lambda metrics: reached.append(metrics["step"]))
@@ -90,10 +113,6 @@ def test_one_sentence_is_trained_on_and_idle_workers_are_named(run_config, cellp
 
 
 def test_shards_without_sentences_are_refused(run_config, cellplane_home, monkeypatch):
-    from dataclasses import replace
-
-    from cellplane.data.shards import read_manifest
-
     empty = replace(read_manifest(Path(run_config("r").shards)), sentences=())
     monkeypatch.setattr("cellplane.train.checks.read_manifest", lambda path: empty)
     with pytest.raises(DataError, match="holds no sentences"):

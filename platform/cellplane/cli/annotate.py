@@ -21,7 +21,7 @@ def annotate(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Name the cell types of every h5ad of a folder; finished files are kept when it is run again."""
+    """Name the cell types of every h5ad of a folder. Finished files are kept when it is run again."""
     options = {"folder": folder, "reference": reference, "out": out, "base_model": model}
     options |= {"recipe.keys.labels_key": labels_key, "keys.batch_key": batch_key}
     result, failed = annotate_run(config, [*given(options), *(override or [])])

@@ -124,6 +124,15 @@ def live() -> Iterator[Callable[[str], None]]:
     say(last)
 
 
+def human_bytes(size: float) -> str:
+    """`812 B`, `3.4 KiB`, `1.2 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def seconds_since(began: float) -> str:
     """`12.3 s` since a time.monotonic() moment."""
     return f"{time.monotonic() - began:.1f} s"

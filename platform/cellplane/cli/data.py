@@ -33,7 +33,7 @@ def convert(
     recover_counts: Annotated[bool, typer.Option("--recover-counts", help="Invert log1p values when counts come back exactly.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert AnnData to Arrow shards with Ray Data; what is there already is reused."""
+    """Convert AnnData to Arrow shards with Ray Data. What is there already is reused."""
     columns = {"layer": layer, "batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key}
     keys = given({f"keys.{key}": value for key, value in {**columns, "recover_counts": recover_counts}.items()})
     options = given({"inputs": inputs, "out": out, "vocabulary": vocabulary, "fov_key": fov_key})
@@ -118,7 +118,7 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write shards back as h5ad files: the counts as they were converted, with their tables of cells and genes.
+    """Write shards back as h5ad files. The counts are as they were converted, with their tables of cells and genes.
 
     X, obs, var and the coordinates come back. uns, other layers, other obsm entries, obsp, varm and varp are not in
     shards, nor are genes that the vocabulary did not have: a warning names what a file had of these.
@@ -142,7 +142,7 @@ def simulate(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Write cells with known truth: types, donors, neighbours that act on one another, knock-outs. Any size, little memory."""
+    """Write made-up cells of which the truth is known. Types, donors, neighbours that act, knock-outs; any size, little memory."""
     options = given({"n_cells": cells, "n_genes": genes, "seed": seed})
     answer(simulate_file(out, config, [*options, *(override or [])], gzip), as_json)
 
@@ -186,7 +186,7 @@ def validate(
     recover_counts: Annotated[bool, typer.Option("--recover-counts", help="Accept log1p values whose counts come back exactly.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in files and what would go wrong with them; ends with 3 when converting them (together) would fail."""
+    """Say what is in files and what would go wrong. Ends with 3 when converting them (together) would fail."""
     columns = {"layer": layer, "batch_key": batch_key, "labels_key": labels_key, "spatial_key": spatial_key}
     keys = {f"keys.{key}": value for key, value in {**columns, "recover_counts": recover_counts}.items()}
     options = given({"inputs": inputs, **keys, "fov_key": fov_key, "vocabulary": vocabulary})

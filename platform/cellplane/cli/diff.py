@@ -15,7 +15,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Answers after.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two results: changed labels, confidence, embeddings, rates by gene. Ends well however much changed."""
+    """Compare two results. Changed labels, confidence, embeddings, rates by gene; ends well however much changed."""
     from cellplane.difference import difference, sections
 
     told = difference(first, second)

@@ -62,7 +62,7 @@ def finetune_impute(
     resume: Resume = None,
     as_json: Json = False,
 ) -> None:
-    """Learn to fill in genes that a spatial assay did not measure, from a single-cell reference."""
+    """Learn to fill in genes that a spatial assay lacks. They are learned from a single-cell reference."""
     options = given({"data": data, "reference": reference, "test": test, "base_model": model})
     _finetune("impute", config, [*options, *(override or [])], resume, as_json)
 

@@ -27,7 +27,7 @@ def gc(
     tracking_uri: Annotated[str | None, typer.Option(help="Default: $MLFLOW_TRACKING_URI, the running stack or the local one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List what nothing needs any more under CELLPLANE_HOME: surplus checkpoints, leftovers, old caches; --remove removes it."""
+    """List what nothing needs any more. Surplus checkpoints, leftovers, old caches under CELLPLANE_HOME; --remove removes it."""
     from cellplane.cleanup import Wanted, survey
     from cellplane.cleanup import remove as remove_items
     from cellplane.cli.common import use_running_stack

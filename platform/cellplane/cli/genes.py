@@ -38,7 +38,7 @@ def install(
     sha256: Annotated[str | None, typer.Option(help="Checksum that the file must have.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Install tables of gene ids, symbols and old symbols under $CELLPLANE_HOME/genes."""
+    """Install tables of gene ids, symbols and old symbols. They are kept under $CELLPLANE_HOME/genes."""
     from cellplane.data.gene_install import install_tables
 
     _show(install_tables(source, species, sha256), as_json)
@@ -73,7 +73,7 @@ def report(
     ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Find other spellings too, where they are unique.")] = False,
     as_json: Json = False,
 ) -> None:
-    """How the genes of a file map: mapped, renamed, ambiguous, left out, summed, and their shares of the counts."""
+    """Say how the genes of a file map. Mapped, renamed, ambiguous, left out, summed, and their shares of the counts."""
     from cellplane.data.gene_report import gene_report
 
     found = gene_report(file, vocabulary, layer, ignore_case)

@@ -21,7 +21,7 @@ def render(
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write them to, one file each; default: print them.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fill the manifests with values and print them, for `kubectl apply -f -`, or write them to a folder."""
+    """Fill the manifests with your values. They are printed, for `kubectl apply -f -`, or written to a folder."""
     from cellplane.config import load_config
     from cellplane.kubernetes import KubernetesConfig
     from cellplane.kubernetes import render as filled

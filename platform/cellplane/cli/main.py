@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -20,7 +24,9 @@ import typer
 import cellplane
 from cellplane.cli import annotate, data, diff, finetune, gc, k8s, models, ops, plan, predict, serve, submit, train, try_, tune
 from cellplane.errors import CellplaneError
-from cellplane.logs import start_logging
+from cellplane.logs import FORMAT_VARIABLE, start_logging
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
@@ -90,12 +96,33 @@ def main(arguments: list[str] | None = None, command: typer.Typer = app) -> int:
         code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
-            raise  # not a usage error of the command line: a defect, shown whole
-        error.show()
-        code = error.exit_code
+            if debug:
+                raise
+            code = _fault(error, arguments, command is app)  # not a usage error of the command line: a defect, shown whole
+        else:
+            error.show()
+            code = error.exit_code
     if code == INTERRUPTED:  # typer itself turns Ctrl-C inside a verb into this code, in silence
         typer.echo("stopped; run the same command again to go on from here", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _fault(error: Exception, arguments: list[str] | None, is_verb: bool) -> int:
+    """Shows an error that nobody foresaw, and what to tell whoever can mend it; the exit code."""
+    if os.environ.get(FORMAT_VARIABLE) == "json":
+        log.error("an unexpected error ended the command", exc_info=error)
+    else:
+        traceback.print_exception(error)
+    called = ["cellplane"] if is_verb else ["python", "-m", f"jobs.{Path(sys.argv[0]).stem}"]
+    told = shlex.join([*called, *(sys.argv[1:] if arguments is None else arguments)])
+    machine = f"cellplane {cellplane.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    typer.echo(
+        f"error: {type(error).__name__}: nobody foresaw this, it is a fault of cellplane and not yours. Please report it with all lines "
+        f"above and these two, private names left out:\n  command  {told}\n  version  {machine}\n"
+        "To go on: the same command again, with --verbose for more about what it does; finished parts of the work are kept.",
+        err=True,
+    )
+    return CellplaneError.exit_code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

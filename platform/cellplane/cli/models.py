@@ -37,7 +37,7 @@ def promote(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version the champion if its held-out scores allow it; the one before becomes `previous`. Endpoints follow."""
+    """Make a version the champion if its scores allow it. The one before becomes `previous`, and endpoints follow."""
     from cellplane.tracking.promotion import promote as move
     from cellplane.tracking.registry import PREVIOUS, aliases_of
 
@@ -47,7 +47,8 @@ def promote(
     gate += "" if verdict.champion is None else f", champion until now {verdict.champion:.4f}"
     gate += "" if verdict.baseline is None else f", best baseline {verdict.baseline:.4f}"
     before = aliases_of(name, tracking_uri).get(PREVIOUS)
-    answer({"name": name, "champion": version, "previous": before or "none", "gate": gate}, as_json)
+    told = {} if verdict.warning is None else {"warning": verdict.warning}
+    answer({"name": name, "champion": version, "previous": before or "none", "gate": gate, **told}, as_json)
 
 
 @app.command("rollback")
@@ -164,7 +165,7 @@ def panel(
     real_cells: Annotated[bool, typer.Option("--real-cells", help="Real training cells instead of averages; the card says so.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Give a model reference cells of its own, so that a lone cell can be read in company (`context: panel`)."""
+    """Give a model reference cells of its own. A lone cell can then be read in their company (`context: panel`)."""
     from cellplane.artifact.folder import load_model, save_model, verify_model
     from cellplane.artifact.panel import Panel
     from cellplane.config import home

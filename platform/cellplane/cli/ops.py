@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cellplane.cli.common import ConfigOption, Json, Overrides, answer, say, table
+from cellplane.cli.common import ConfigOption, Json, Overrides, answer, human_bytes, say, table
 
 if TYPE_CHECKING:
     from cellplane.config import Config
@@ -84,7 +85,7 @@ def find_any(name: str) -> Path:
 
 @config_app.command("show")
 def config_show(name: Annotated[str, typer.Argument(help="File, or KIND/NAME of a shipped one.")], override: Overrides = None) -> None:
-    """Print a configuration as it resolves: defaults filled in, references and overrides applied."""
+    """Print a configuration as it resolves. Defaults are filled in, references and overrides applied."""
     from cellplane.config import to_yaml
 
     typer.echo(to_yaml(load_any(find_any(name), override)), nl=False)
@@ -107,7 +108,7 @@ def config_list(as_json: Json = False) -> None:
 
 
 def up(config: ConfigOption = "local", override: Overrides = None, as_json: Json = False) -> None:
-    """Start the local stack: an MLflow server and a Ray head, on loopback."""
+    """Start MLflow and Ray on this machine, on loopback."""
     from cellplane.cluster import StackConfig
     from cellplane.cluster import up as start
     from cellplane.config import load_config
@@ -128,22 +129,65 @@ def down(as_json: Json = False) -> None:
 
 
 def status(as_json: Json = False) -> None:
-    """What of the local stack runs, and where."""
+    """Say what runs of the local stack, and what is served."""
     from dataclasses import asdict
 
+    from cellplane.cluster import running
     from cellplane.cluster import status as look
 
-    members = [asdict(member) for member in look(None)]
+    members, stack = [asdict(member) for member in look(None)], running()
+    endpoint = None if stack is None else endpoint_at(stack.host, stack.serve_port)
     if as_json:
-        answer({"members": members}, True)
-    elif members:
-        table(list(members[0]), [list(member.values()) for member in members])
-    else:
+        answer({"members": members, "endpoint": endpoint}, True)
+        return
+    if not members:
         typer.echo("nothing is running; start it with `cellplane up`")
+        return
+    rows = [
+        [*(m[key] for key in ("name", "pid", "address", "processes")), human_bytes(m["rss_bytes"]), "yes" if m["answers"] else "NO"]
+        for m in members
+    ]
+    table(["name", "pid", "address", "processes", "memory", "answers"], rows)
+    typer.echo()
+    _show_endpoint(endpoint)
+
+
+def endpoint_at(host: str, port: int) -> dict[str, Any] | None:
+    """What answers HTTP there: its url and the versions of the models it serves; None where nobody answers.
+
+    ``refused`` is a status that hides the versions: 401 without the key of $CELLPLANE_API_KEY.
+    """
+    import json
+
+    from cellplane.processes import http_get
+
+    code, body = http_get(host, port, "/v1/models", os.environ.get("CELLPLANE_API_KEY"))
+    if code == 0:
+        return None
+    versions = json.loads(body)["versions"] if code == 200 else []
+    return {"url": f"http://{host}:{port}", "refused": None if code == 200 else code, "models": versions}
+
+
+def _show_endpoint(endpoint: dict[str, Any] | None) -> None:
+    if endpoint is None or endpoint["refused"] == 404:  # Serve without an application of ours
+        typer.echo("no model is served; serve one with `cellplane serve models:/NAME@champion`")
+        return
+    typer.echo(f"endpoint {endpoint['url']}, its paths explained at {endpoint['url']}/docs")
+    if endpoint["refused"]:
+        typer.echo(f"it answered {endpoint['refused']} and tells no models: put its key into $CELLPLANE_API_KEY")
+        return
+    rows = [
+        [row["name"], row["version"], ", ".join(row["aliases"]) or "-", _state(row), f"{row['share']:.0%}"] for row in endpoint["models"]
+    ]
+    table(["model", "version", "aliases", "state", "of the requests"], rows)
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    return f"{row['state']}: {row['reason']}" if row["reason"] else str(row["state"])
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: versions, memory, disk, ports, tracker; each red line with its fix."""
+    """Check this machine. Versions, memory, disk, ports, tracker; each red line with its fix."""
     from cellplane.doctor import examine
 
     checks = examine()
@@ -164,7 +208,7 @@ def demo(
     override: Annotated[list[str] | None, typer.Option("--override", "-o", help="Change the stack: -o mlflow_port=5001.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The whole way once on real cells: shards, pre-training, fine-tuning, registry, endpoint, answer."""
+    """Go the whole way once, on real cells. Shards, pre-training, fine-tuning, registry, endpoint, answer."""
     from cellplane.demo import run_demo
 
     result: dict[str, Any] = run_demo(keep=keep, seed=seed, overrides=override or [], say=say)
@@ -174,7 +218,7 @@ def demo(
 def inventory(
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: print it.")] = None,
 ) -> None:
-    """What is installed here, as a CycloneDX bill of materials in JSON."""
+    """List what is installed here. A CycloneDX bill of materials in JSON."""
     import json
 
     from cellplane.errors import StorageError

@@ -22,7 +22,7 @@ def plan(
     price_per_hour: Annotated[float | None, typer.Option("--price-per-hour", min=0, help="Of one device, in any currency.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, memory of a device by ZeRO stage, operations, time, cost and disk of a pre-training run."""
+    """Say what a pre-training run would take. Parameters, memory of a device by ZeRO stage, operations, time, cost and disk."""
     from cellplane.config import load_config
     from cellplane.train.config import PretrainConfig
     from cellplane.train.plan import plan_run

@@ -41,7 +41,7 @@ def _verb(task: str, told: str) -> Callable[..., None]:
 
 predict_annotate = _verb("annotate", "Name the cell type of every cell.")
 predict_embed = _verb("embed", 'Embed every cell: obsm["X_cellplm"].')
-predict_denoise = _verb("denoise", 'Expected counts of every cell: layers["cellplm_denoised"], rates per 10,000.')
+predict_denoise = _verb("denoise", 'Denoise every cell: layers["cellplm_denoised"]. Expected counts, as rates per 10,000.')
 
 
 @predict_app.command("impute")
@@ -52,7 +52,7 @@ def predict_impute(
     via: Via = None,
     as_json: Json = False,
 ) -> None:
-    """Genes that the cells lack: one h5ad of cells x imputed genes for each input."""
+    """Impute genes that the cells lack. One h5ad of cells x imputed genes for each input."""
     _predict_new("impute", (inputs, model, out), None, via, as_json)
 
 
@@ -65,7 +65,7 @@ def predict_perturb(
     via: Via = None,
     as_json: Json = False,
 ) -> None:
-    """What the cells become: one h5ad of perturbations x genes for each input."""
+    """Foretell what perturbed cells become. One h5ad of perturbations x genes for each input."""
     _predict_new("perturb", (inputs, model, out), perturbation, via, as_json)
 
 
@@ -76,10 +76,11 @@ def _predict_new(
     via: str | None,
     as_json: bool,
 ) -> None:
+    from cellplane.data.guard import refuse_if_none_opens
     from cellplane.errors import ConfigError
-    from cellplane.pipelines.prediction import predict_new
 
     inputs, model, out = what
+    refuse_if_none_opens(inputs)
     if via is not None:
         from cellplane.remote import Remote
 
@@ -88,6 +89,8 @@ def _predict_new(
         return
     if model is None:
         raise ConfigError("name the model with --model, or an endpoint that serves one with --via")
+    from cellplane.pipelines.prediction import predict_new
+
     use_running_stack()
     report = predict_new(task, model, (inputs, out), perturbations)
     answer({"written": ", ".join(map(str, report.written)) or "nothing new", "reused": len(report.reused)}, as_json)
@@ -98,7 +101,8 @@ def _run(config: str | None, overrides: list[str], via: str | None) -> tuple[dic
 
 
 def _show(result: dict[str, Any], failed: Mapping[str, str], as_json: bool) -> None:
-    answer(result, as_json)
+    if result["new"] or result["reused"] or not failed:
+        answer(result, as_json)
     if failed:
         from cellplane.errors import DataError
 
@@ -109,20 +113,32 @@ def _show(result: dict[str, Any], failed: Mapping[str, str], as_json: bool) -> N
 
 def predict_run(config: str | None, overrides: list[str]) -> tuple[dict[str, Any], Mapping[str, str]]:
     """Loads the configuration and predicts on whatever Ray there is; what to print, and what failed."""
-    from cellplane.batch import PredictConfig, check_predict, predict_files
+    refuse_unreadable(config, overrides)
+    from cellplane.batch import PredictConfig, predict_files, refuse_if_none_answerable
     from cellplane.cluster import local_ray
     from cellplane.config import load_config
 
     use_running_stack()
     loaded = load_config(PredictConfig, config, "predict", overrides)
-    check_predict(loaded)  # before a cluster is started for nothing
+    refuse_if_none_answerable(loaded)  # before a cluster is started for nothing
     with local_ray(log_to_driver=False):
         report = predict_files(loaded)
     return _told(report), report.failed
 
 
+def refuse_unreadable(config: str | None, overrides: list[str]) -> None:
+    """DataError when not one input opens as an h5ad, before anything slow is loaded."""
+    from cellplane.config import setting
+    from cellplane.data.guard import refuse_if_none_opens
+
+    inputs = setting("inputs", config, "predict", overrides)
+    if isinstance(inputs, list):
+        refuse_if_none_opens([Path(str(path)) for path in inputs])
+
+
 def remote_run(config: str | None, overrides: list[str], via: str) -> tuple[dict[str, Any], Mapping[str, str]]:
     """The same, asking an endpoint."""
+    refuse_unreadable(config, overrides)
     from cellplane.batch import PredictConfig
     from cellplane.config import load_config
     from cellplane.data.answer_tables import SUFFIX

@@ -20,7 +20,7 @@ def serve(
     stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down instead; with --name only that model.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve a model on the stack that `cellplane up` started (or at $RAY_ADDRESS)."""
+    """Put a model behind HTTP. On the stack that `cellplane up` started, or at $RAY_ADDRESS."""
     from cellplane.cluster import local_ray, running
     from cellplane.config import load_config
     from cellplane.errors import ServiceError

@@ -87,7 +87,7 @@ def submit(
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of the entry point.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Run a job on a cluster, with the exit code it ends with; Ctrl-C leaves it running.
+    """Run a job on a cluster elsewhere. Ends with the job's exit code; Ctrl-C leaves it running.
 
     The same job that runs already is followed, not started twice; one that ended goes on where it was.
     """
@@ -274,7 +274,7 @@ def jobs_logs(
 
 @jobs_app.command("stop")
 def jobs_stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
-    """Stop a job and wait until it ended: politely first, so that it can be handed in again and goes on."""
+    """Stop a job and wait until it ended. Politely first, so that it can be handed in again and goes on."""
     from cellplane.submission import Jobs, target_of
 
     job, now = Jobs(target_of(address)).stop(job_id)

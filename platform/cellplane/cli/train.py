@@ -20,7 +20,7 @@ def pretrain(
     resume: Annotated[str | None, typer.Option("--resume", help="Name of a run to go on with from its newest valid checkpoint.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Pre-train by masking on Ray Train; a run that was stopped goes on when it is started again.
+    """Pre-train by masking on Ray Train. A run that was stopped goes on when it is started again.
 
     Without --config: the demo's, and with --resume the one that the run was started with.
     """
@@ -29,6 +29,8 @@ def pretrain(
 
 def pretrain_run(config: str | None, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
     """Loads the configuration and pre-trains on whatever Ray there is; what to print."""
+    if resume is None:
+        _refuse_missing_shards(config or "demo", overrides)
     from cellplane.cluster import local_ray
     from cellplane.config import load_config
     from cellplane.pipelines.jobs import check_pretrain, run_pretrain
@@ -46,6 +48,16 @@ def pretrain_run(config: str | None, overrides: list[str], resume: str | None = 
     return {**report_of(report), **report.summary, "steps": report.steps}
 
 
+def _refuse_missing_shards(config: str, overrides: list[str]) -> None:
+    """DataError when the folder of the shards is none, before anything slow is loaded; a URL is asked later."""
+    from cellplane.config import setting
+    from cellplane.data.manifest import read_manifest
+
+    shards = setting("shards", config, "pretrain", overrides)
+    if isinstance(shards, str) and shards and "://" not in shards:
+        read_manifest(Path(shards))
+
+
 @evaluate_app.command("annotate")
 def evaluate_annotate(
     config: ConfigOption = "annotate",
@@ -56,7 +68,7 @@ def evaluate_annotate(
     protocol: Annotated[str | None, typer.Option("--protocol", help="Instead: a full protocol, file or shipped (cpu_annotate).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy and macro-F1 on held-out cells, beside majority, PCA + kNN and logistic regression.
+    """Accuracy and macro-F1 on held-out cells. Beside majority, PCA + kNN and logistic regression.
 
     With --protocol the model is fitted too: splits, seeds, tuned baselines, controls; run it again to go on after a stop.
     """
@@ -90,7 +102,7 @@ def evaluate_embed(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Clusters of zero-shot embeddings and how samples mix in them, beside principal components and random weights."""
+    """Clusters of embeddings and how samples mix in them. Beside principal components and random weights."""
     protocol_run("embed", protocol, override or [], as_json)
 
 
@@ -104,7 +116,7 @@ def evaluate_denoise(
     protocol: Annotated[str | None, typer.Option("--protocol", help="Instead: a full protocol, file or shipped (cpu_denoise).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Errors on counts taken out of the cells, by masking and by count splitting, beside gene frequency and kNN.
+    """Errors in foretelling counts that were taken out. By masking and by count splitting, beside gene frequency and kNN.
 
     With --protocol the model is fitted too: seeds, tuned baselines, over-smoothing; run it again to go on after a stop.
     """
@@ -133,7 +145,7 @@ def evaluate_impute(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Shared genes hidden in folds and imputed, beside tuned baselines and ceilings; run it again to go on after a stop."""
+    """Shared genes hidden in folds and imputed. Beside tuned baselines and ceilings; run it again to go on after a stop."""
     protocol_run("impute", protocol, override or [], as_json)
 
 
@@ -143,7 +155,7 @@ def evaluate_perturb(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Perturbations left out and predicted, beside what needs no network; run it again to go on after a stop."""
+    """Perturbations left out and predicted. Beside what needs no network; run it again to go on after a stop."""
     protocol_run("perturb", protocol, override or [], as_json)
 
 
@@ -158,7 +170,7 @@ def evaluate_pretraining(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of scores.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Nats of hidden counts in sentences that training never saw, by context, beside the genes' means; smaller is better."""
+    """Nats of hidden counts that training never saw. By context, beside the genes' means; smaller is better."""
     from cellplane.pipelines.pretraining import PretrainingEvaluation, run_evaluate_pretraining
 
     use_running_stack()

@@ -10,7 +10,7 @@ import typer
 from cellplane.cli.common import ConfigOption, Json, Overrides, answer, given, live, use_running_stack
 
 try_app = typer.Typer(
-    help="Hide a part of your own data, and see whether the model or a simple method finds it again.", no_args_is_help=True
+    help="Find out whether to use it on your data. A part is hidden; the model and simple methods look for it.", no_args_is_help=True
 )
 File = Annotated[Path | None, typer.Argument(help="h5ad of your cells; it is never changed.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model to start from: folder or models:/NAME@ALIAS.")]
@@ -34,7 +34,7 @@ def try_annotate(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Hide cell types and name them again; --auto names the cells that have none."""
+    """Hide cell types and name them again. --auto names the cells that have none."""
     options = {"data": file, "reference": reference, "base_model": model, "auto": auto, "out": out, "seed": seed}
     options |= {"recipe.keys.labels_key": labels_key, "recipe.keys.batch_key": batch_key}
     _try("annotate", config, [*given(options), *(override or [])], as_json)
@@ -52,7 +52,7 @@ def try_impute(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Hide genes and fill them in from a reference; --auto fills in those that the file lacks."""
+    """Hide genes and fill them in from a reference. --auto fills in those that the file lacks."""
     options = {"data": file, "reference": reference, "base_model": model, "auto": auto, "out": out, "seed": seed}
     _try("impute", config, [*given(options), *(override or [])], as_json)
 

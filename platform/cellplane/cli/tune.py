@@ -26,7 +26,7 @@ def tune_annotate(
     trials: Trials = None,
     as_json: Json = False,
 ) -> None:
-    """Search for a better annotator; what ended is kept, so a search that was stopped goes on."""
+    """Search for a better annotator. What ended is kept, so a search that was stopped goes on."""
     _tune("annotate", config, [*given({"fixed.data": data, "fixed.base_model": model, "trials": trials}), *(override or [])], as_json)
 
 

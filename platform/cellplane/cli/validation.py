@@ -23,15 +23,21 @@ def show_validations(found: Mapping[str, Any]) -> None:
         typer.echo()
     for text in found["errors"]:
         typer.echo(f"error: {text}")
-    bad = [one["path"] for one in found["files"] if not one["ok"]]
-    for path in bad:
-        typer.echo(f"CANNOT be converted: {path}")
+    bad = [one for one in found["files"] if not one["ok"]]
+    for one in bad:
+        typer.echo(f"CANNOT be converted: {one['path']}" if one["readable"] else f"CANNOT be read: {_unread(one)}")
     good = len(found["files"]) - len(bad)
+    readable = [one["cells"] for one in found["files"] if one["readable"]]
+    kind = "" if len(readable) == len(found["files"]) else "readable "
+    typer.echo(f"{sum(readable)} cells in {len(readable)} {kind}file{'' if len(readable) == 1 else 's'}")
     typer.echo(f"{good} of {len(found['files'])} files can be converted{'' if not found['errors'] else ', but NOT together'}")
 
 
 def show(found: Mapping[str, Any]) -> None:
     """Prints a `Validation.plain`."""
+    if not found["readable"]:
+        typer.echo(f"CANNOT be read: {_unread(found)}")
+        return
     typer.echo(f"{found['path']}: {found['cells']} cells")
     if found["places"]:
         _places(found["places"], found["counts"].get("place"))
@@ -42,6 +48,11 @@ def show(found: Mapping[str, Any]) -> None:
         for text in found[level]:
             typer.echo(f"{level[:-1]}: {text}")
     typer.echo("can be converted" if found["ok"] else "CANNOT be converted")
+
+
+def _unread(found: Mapping[str, Any]) -> str:
+    reason = found["errors"][0]
+    return reason if reason.startswith(found["path"]) else f"{found['path']}: {reason}"
 
 
 def _places(places: Mapping[str, Mapping[str, Any]], used: str | None) -> None:

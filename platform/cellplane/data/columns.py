@@ -70,7 +70,11 @@ def positions(values: Any, key: str) -> NDArray[np.float32]:
     array = np.asarray(values)
     if array.ndim != 2 or array.shape[1] != 2:
         raise DataError(f"obsm[{key!r}] has shape {array.shape}; two coordinates in micrometres per cell are needed: [n, 2]")
-    if wrong := int((~np.isfinite(array.astype(np.float64))).any(axis=1).sum()):
+    try:
+        array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"obsm[{key!r}] holds {array.dtype} values that are no numbers: {error}") from error
+    if wrong := int((~np.isfinite(array)).any(axis=1).sum()):
         raise DataError(f"obsm[{key!r}] has {wrong} cells with NaN or infinite coordinates; drop them first")
     return array.astype(np.float32)
 

@@ -6,7 +6,7 @@ An HDF5 file can point at other files and declare matrices far larger than itsel
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,6 +102,25 @@ def check_h5ad(path: Path) -> None:
                     f"{path} ({_size(path)} bytes) is HDF5 but not AnnData: it holds {sorted(file)[:8]}, expected obs and var "
                     f"(encoding-type {file.attrs.get('encoding-type', 'missing')!r})"
                 )
+
+
+def refuse_if_none_opens(paths: Sequence[Path]) -> None:
+    """DataError with the reason for each when none of these is an h5ad; one that is will do: the rest is said of the others later."""
+    reasons: list[str] = []
+    for path in paths:
+        try:
+            check_h5ad(path)
+        except DataError as error:
+            reasons.append(str(error))
+        else:
+            return
+    if reasons:
+        raise DataError(none_usable(reasons))
+
+
+def none_usable(reasons: Sequence[str]) -> str:
+    """The message about files of which none can be used, one reason each."""
+    return reasons[0] if len(reasons) == 1 else f"none of the {len(reasons)} files can be used: {'; '.join(reasons)}"
 
 
 def _detected(path: Path) -> str:

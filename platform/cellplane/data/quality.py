@@ -1,10 +1,11 @@
 """What the cells of a file look like: one pass over their counts, and the distances between them.
 
-Nothing here judges; `validate` does. A pass keeps a few numbers for each cell and each gene, whatever the file's size.
+`validate` judges what is found here. A pass keeps a few numbers for each cell and each gene, whatever the file's size.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,16 @@ from scipy.spatial import cKDTree
 
 from cellplane.data.looking import NotCountsError, counts_at
 from cellplane.data.reader import CellReader
+from cellplane.data.sentences import CellTable
+
+log = logging.getLogger(__name__)
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 NAMES_AT_ONCE = 100_000
 DOUBLET_MADS = 4.0  # median absolute deviations of log library size above the median
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 WIDE_PANEL, FEW_GENES, FEW_SHARE = 2000, 200, 0.05  # a cell of a wide panel should show 200 genes, of a small one 5 %
+PLAUSIBLE_UM = (1.0, 150.0)  # between neighbours: cells of a dense culture, and the spots of a Visium slide with room above
 SPACING_CELLS = 20_000  # enough nearest neighbours for a median
 
 
@@ -107,3 +112,17 @@ def spacing(coordinates: NDArray[np.float32], groups: Sequence[NDArray[np.int64]
         step = -(-len(places) // SPACING_CELLS)
         distances.append(cKDTree(places).query(places[::step], k=2)[0][:, 1])
     return (float(np.median(np.concatenate(distances))) if distances else float("nan")), doubled / max(seen, 1)
+
+
+def tell_scale(table: CellTable) -> None:
+    """Warns where cells that lie side by side are so near or far that their positions are hardly micrometres."""
+    if table.coordinates is None:
+        return
+    slides = np.zeros(table.n_cells, dtype=np.int64) if table.batch is None else np.unique(table.batch.astype(str), return_inverse=True)[1]
+    distance, _ = spacing(table.coordinates, [np.flatnonzero(slides == slide) for slide in np.unique(slides)])
+    if np.isfinite(distance) and not PLAUSIBLE_UM[0] <= distance <= PLAUSIBLE_UM[1]:
+        log.warning(
+            "neighbouring cells lie %.4g apart (median): pixels, millimetres, or only some of the cells? Positions are taken as "
+            "micrometres; cellplane data validate suggests a factor",
+            distance,
+        )

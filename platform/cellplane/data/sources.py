@@ -6,6 +6,7 @@ vocabulary knows best. Others take the AnnData type from here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,10 @@ from cellplane.data.reader import count_candidates as count_candidates
 from cellplane.data.reader import stored_matrices
 from cellplane.data.sentences import CellTable
 from cellplane.data.shards import atomic_file
-from cellplane.errors import ColumnError
+from cellplane.errors import ColumnError, DataError
 from cellplane.genes import GeneVocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,22 @@ class FileSink:
             raise self._error
 
 
+def check_anndata(data: object) -> None:
+    """DataError for anything but an AnnData: a path is to be read first, a table to be made one."""
+    if isinstance(data, AnnData):
+        return
+    found = type(data).__name__
+    way = f"read it with anndata.read_h5ad({str(data)!r})" if isinstance(data, str | Path) else "make one: anndata.AnnData(X, obs, var)"
+    raise DataError(f"expected an AnnData, got {found}; {way}")
+
+
 def find_counts(adata: AnnData, keys: DataKeys) -> CountSource:
     """The raw counts of an AnnData, in the order and by the rules of `count_candidates` and `counts.choose`.
 
     Raises CountsNotFoundError listing every place, ColumnError for a missing layer, DataError for broken values or
     repeated genes. The AnnData is not changed.
     """
+    check_anndata(adata)
     places = stored_matrices(adata)
     candidates: list[Candidate] = [
         (place, lambda place=place: canonical(_in_memory(places[place]), place) if place in places else None)  # type: ignore[misc]
@@ -149,6 +162,7 @@ def _in_memory(matrix: Any) -> Any:
 
 def column(adata: AnnData, key: str) -> NDArray[np.object_]:
     """An obs column as str objects [n], missing values as None; ColumnError names the nearest columns."""
+    check_anndata(adata)
     if key not in adata.obs:
         raise ColumnError(missing_column(key, [str(name) for name in adata.obs.columns]))
     return as_strings(adata.obs[key])
@@ -168,7 +182,7 @@ def cell_table(
     coordinates = None
     if keys.spatial_key is not None:
         if keys.spatial_key not in adata.obsm:
-            raise ColumnError(missing_column(keys.spatial_key, list(adata.obsm), "obsm"))
+            raise ColumnError(missing_column(keys.spatial_key, list(adata.obsm), "obsm") + "; keys.spatial_key null does without places")
         coordinates = positions(adata.obsm[keys.spatial_key], keys.spatial_key)
     labels = None
     if keys.labels_key is not None and classes is not None:
@@ -202,7 +216,11 @@ def gene_columns(data: AnnData, keys: DataKeys, vocabulary: GeneVocabulary) -> N
 
 
 def query_keys(data: AnnData, keys: DataKeys) -> DataKeys:
-    """The training keys for other data: no labels are read, and a batch column the data do not have is not used."""
+    """The training keys for other data: no labels are read, and a batch column the data do not have is not used, which is said."""
+    check_anndata(data)
+    if keys.batch_key is not None and keys.batch_key not in data.obs:
+        missing = missing_column(keys.batch_key, [str(name) for name in data.obs.columns])
+        log.warning("%s: the %d cells are taken as one sample", missing, data.n_obs)
     return known_keys(keys, data.obs, data.obsm)
 
 

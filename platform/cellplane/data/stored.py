@@ -32,6 +32,8 @@ from cellplane.data.looking import NotCountsError, counts_at, look
 from cellplane.data.naming import best_naming, default_naming, gene_namings, to_vocabulary
 from cellplane.data.reader import CellReader
 from cellplane.data.sentences import CellTable
+from cellplane.data.sources import known_keys
+from cellplane.errors import about
 from cellplane.genes import GeneAlignment, GeneVocabulary
 
 WRITE_BYTES = 1 << 30  # of one system call, which writes 2 GiB at most
@@ -237,6 +239,13 @@ def store_cells(path: Path, vocabulary: GeneVocabulary, keys: DataKeys, folder: 
         columns = alignment.positions if place != "raw.X" else _places_in_x(reader, alignment)
     counted = {"count_source": place, "recovered": recovered, "largest_deviation": laid.deviation}
     return Stored(table, {**counted, "gene_naming": naming, "gene_table": alignment.table, **alignment.report()}, columns)
+
+
+def check_answerable(path: Path, keys: DataKeys, vocabulary: GeneVocabulary) -> None:
+    """Whether a model of these genes can read this file, as a sample of its cells tells; raises what reading all of it would."""
+    with about(path), CellReader(path) as reader:
+        place, _, _ = look(reader, known_keys(keys, reader.obs_columns, reader.obsm_keys))
+        best_naming(gene_namings(reader.var(place)), vocabulary, GeneRules(keys.repeated_genes, keys.ignore_gene_case))
 
 
 def _shared_text(values: Any) -> NDArray[np.object_]:

@@ -47,11 +47,13 @@ ENTRIES_PER_S, GZIP_ENTRIES_PER_S = 54e6, 27e6  # a CPU: 40 k and 20 k cells of 
 class Validation:
     """What was found in a file; every value is JSON-ready, sections are empty where nothing could be looked at.
 
+    A file that is not ``readable`` (missing, damaged, of another kind) has one error, and None for cells in `plain`.
     ``places`` are the matrices, ``counts`` the one that would be used, ``genes`` how its columns are named and map,
     ``columns`` batch and labels, ``spatial`` the positions, ``estimate`` the shards. ``errors`` would stop a conversion.
     """
 
     path: str
+    readable: bool = False
     cells: int = 0
     places: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Validation:
 
     def plain(self) -> dict[str, Any]:
         """All of it as one JSON-ready mapping, the verdict first."""
-        return {"ok": self.ok, **asdict(self)}
+        return {"ok": self.ok, **asdict(self), "cells": self.cells if self.readable else None}
 
     @contextmanager
     def noting(self, into: list[str]) -> Iterator[None]:
@@ -127,6 +129,7 @@ def validate(config: ConvertConfig, progress: Callable[[int, int], None] | None 
     found = Validation(str(path))
     with found.noting(found.errors), CellReader(path) as reader:
         found.cells = reader.n_cells
+        found.readable = True
         if reader.n_cells == 0:
             found.errors.append("no cells; there is nothing to convert")
             return found

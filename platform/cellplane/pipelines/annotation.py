@@ -34,7 +34,16 @@ from cellplane.data.sources import AnnData, cell_table, column
 from cellplane.errors import ConfigError, DataError
 from cellplane.inference import UNKNOWN, Annotation, Read, query_keys, read_cells, record, write_annotation, write_flags
 from cellplane.model.cellplm import CellPLM, new_model
-from cellplane.pipelines.base import Estimator, as_config, base_name, check_transfer, starting_model, stratified_split, take_over
+from cellplane.pipelines.base import (
+    Estimator,
+    as_config,
+    base_name,
+    check_transfer,
+    known_labels,
+    starting_model,
+    stratified_split,
+    take_over,
+)
 from cellplane.pipelines.components import begin_at_components
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.judging import asked_judgement, check_judging, judged
@@ -93,7 +102,7 @@ class CellTypeAnnotationPipeline(Estimator):
         progress: Progress | None = None,
         keeping: Keeping | None = None,
     ) -> CellTypeAnnotationPipeline:
-        """Learns the labels in ``label_fields[0]`` (default: config.keys.labels_key); cells without a label are left out.
+        """Learns the labels in ``label_fields[0]`` (default: config.keys.labels_key); cells without a label or counts are left out.
 
         The AnnData is not changed. With a ``keeping`` a fit that was killed goes on where it was. Raises DataError for
         fewer than two cell types, ColumnError for an unknown column.
@@ -117,7 +126,7 @@ class CellTypeAnnotationPipeline(Estimator):
         if len(known) < table.n_cells:
             missing = table.n_cells - len(known)
             log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
-        table, sizes = table.rows(known), (len(vocabulary), len(classes))
+        table, sizes = counted_cells(table.rows(known)), (len(vocabulary), len(classes))
         stores = self._split(table)
         network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
@@ -131,7 +140,7 @@ class CellTypeAnnotationPipeline(Estimator):
             task="annotate",
             max_cells=self.config.max_cells,
             classes=classes,
-            lineage=self._lineage(best, len(known), report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
+            lineage=self._lineage(best, table.n_cells, report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
         )
         members = pack_members(others)
         answering = folder if common is None else replace(folder, attachments=members)  # else the others know the validation cells
@@ -195,8 +204,7 @@ class CellTypeAnnotationPipeline(Estimator):
         key = label_fields[0] if label_fields else self.config.keys.labels_key
         if key is None:
             raise ConfigError("no label column is named: pass label_fields=[...]")
-        truth = column(data, key)
-        labelled = np.array([label is not None and label not in UNLABELLED for label in truth])
+        truth, labelled = known_labels(data, key)
         new = [label for label in truth[labelled] if label not in self._fitted().folder.classes]
         if new:
             names = ", ".join(sorted(set(new))[:5])
@@ -319,6 +327,17 @@ def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:
     if len(classes) < 2:
         raise DataError(f"obs[{key!r}] has {len(classes)} cell types ({', '.join(classes)}); at least two are needed to learn from")
     return classes
+
+
+def counted_cells(table: CellTable) -> CellTable:
+    """The cells that show counts in genes the model knows; DataError when none does."""
+    counted = np.flatnonzero(table.totals() > 0)
+    if len(counted) == 0:
+        raise DataError(f"none of {table.n_cells} labelled cells has counts in genes the model knows: there is nothing to learn from")
+    if empty := table.n_cells - len(counted):
+        log.warning("%d of %d labelled cells have no counts in genes the model knows and are left out", empty, table.n_cells)
+        return table.rows(counted)
+    return table
 
 
 def label_type(labels: Any, key: str) -> str:

@@ -15,10 +15,11 @@ from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.artifact.genes import with_genes
 from cellplane.artifact.official import read_official
 from cellplane.config import Config, home, validate
-from cellplane.data.config import DataKeys
-from cellplane.data.gene_mapping import genes_without_place
+from cellplane.data.config import UNLABELLED, DataKeys
+from cellplane.data.gene_mapping import GeneRules, genes_without_place
 from cellplane.data.gene_tables import installed_tables
-from cellplane.data.sources import AnnData, find_counts
+from cellplane.data.naming import best_naming
+from cellplane.data.sources import AnnData, column, find_counts
 from cellplane.errors import ConfigError, DataError
 from cellplane.genes import GeneVocabulary
 from cellplane.inference import Predictor, build_network
@@ -108,12 +109,17 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
 
 def starting_model(base: ModelFolder | None, data: AnnData, keys: DataKeys, new_genes: str) -> tuple[ModelFolder | None, GeneVocabulary]:
-    """The base model, with rows for the data's new genes when these are added, and the genes to read: its own, or the data's."""
+    """The base model, with rows for the data's new genes when these are added, and the genes to read: its own, or the data's.
+
+    VocabularyError when it knows so few of the data's genes that nearly all would be new: there is nothing to start from.
+    """
     if base is None:
         return None, GeneVocabulary.from_ids(dict.fromkeys(find_counts(data, keys).gene_ids))
     if new_genes == "leave_out":
         return base, base.vocabulary
-    new = genes_without_place(find_counts(data, keys).gene_ids, base.vocabulary, installed_tables())
+    source = find_counts(data, keys)
+    best_naming(source.namings, base.vocabulary, GeneRules(keys.repeated_genes, keys.ignore_gene_case))  # raises for too few known ones
+    new = genes_without_place(source.gene_ids, base.vocabulary, installed_tables())
     log.info("%d genes that the base model does not know begin as the mean of its genes", len(new))
     grown = with_genes(base, new)
     return grown, grown.vocabulary
@@ -190,6 +196,15 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     for key, value in changes.items():
         out[key] = _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
     return out
+
+
+def known_labels(data: AnnData, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The labels of an obs column as text [n], and which cells have one [n] bool; DataError when none has."""
+    labels = column(data, key)
+    labelled = np.array([label is not None and label not in UNLABELLED for label in labels], dtype=bool)
+    if not labelled.any():
+        raise DataError(f"none of the {len(labels)} cells has a label in obs[{key!r}]: there is nothing to score; name another column")
+    return labels, labelled
 
 
 def stratified_split(labels: np.ndarray[Any, Any], share: float, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -155,7 +155,10 @@ class DenoisingPipeline(Estimator):
         a base model that decodes no counts.
         """
         self.config = self.configured(config)
-        return self.fit_cells(Cells.of(data, self.base, self.config), Course(progress, keeping))
+        cells = Cells.of(data, self.base, self.config)
+        if empty := int((cells.table.totals() == 0).sum()):
+            log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, cells.table.n_cells)
+        return self.fit_cells(cells, Course(progress, keeping))
 
     def fit_cells(self, cells: Cells, course: Course | None = None) -> DenoisingPipeline:
         """The same for cells that were read already."""

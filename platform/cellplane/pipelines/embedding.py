@@ -8,6 +8,7 @@ The same model also says what every cell would show had all been measured in one
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
-from cellplane.data.sources import AnnData, column, gene_columns
+from cellplane.data.sources import AnnData, check_anndata, gene_columns
 from cellplane.errors import ConfigError, DataError
-from cellplane.inference import Predictor, query_keys, rates_of, read_cells, record, write_flags
-from cellplane.pipelines.base import as_config, open_model
+from cellplane.inference import Predictor, query_keys, rates_of, read_cells, record, write_embedding, write_flags
+from cellplane.pipelines.base import as_config, known_labels, open_model
 from cellplane.pipelines.evening import evened
+
+log = logging.getLogger(__name__)
 
 
 class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
@@ -60,6 +63,8 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
 
     def fit(self, data: AnnData | None = None, y: object = None) -> CellEmbeddingPipeline:  # noqa: ARG002  (the estimators' common shape)
         """Itself: the model is used as it was pre-trained."""
+        if data is not None:
+            check_anndata(data)
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -81,8 +86,7 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         latent = self.predictor.embed(read.store)
         latent = evened(latent, even) if even else latent
         if key_added is not None:
-            write_flags(data, read.store.table, key_added)
-            data.obsm[f"X_{key_added}"] = latent
+            write_embedding(data, latent, read.store.table, key_added)
             data.uns["cellplm"] = record(folder, {**read.report, **({"even": even} if even else {})})
         return latent
 
@@ -120,9 +124,12 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         return rates
 
     def score(self, data: AnnData, label_fields: list[str]) -> dict[str, float]:
-        """NMI and ARI of a k-means clustering with as many clusters as labels; no parameter is tuned on the labels."""
-        truth = np.array([str(label) for label in column(data, label_fields[0])])
-        found = KMeans(n_clusters=len(np.unique(truth)), n_init=10, random_state=0).fit_predict(self.predict(data))
+        """NMI and ARI of a k-means clustering of the labelled cells with as many clusters as labels; nothing is tuned on the labels."""
+        labels, labelled = known_labels(data, label_fields[0])
+        if missing := int((~labelled).sum()):
+            log.warning("%d of %d cells have no label in obs[%r] and are not scored", missing, len(labels), label_fields[0])
+        truth = labels[labelled].astype(str)
+        found = KMeans(n_clusters=len(np.unique(truth)), n_init=10, random_state=0).fit_predict(self.predict(data)[labelled])
         return {"nmi": float(normalized_mutual_info_score(truth, found)), "ari": float(adjusted_rand_score(truth, found))}
 
     def save(self, directory: str | Path) -> Path:

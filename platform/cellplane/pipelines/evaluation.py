@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from cellplane.pipelines.denoising import DenoisingPipeline
 from cellplane.pipelines.embedding import CellEmbeddingPipeline
 from cellplane.pipelines.job import MODEL_ROW, Scores
 from cellplane.pipelines.metrics import annotation_scores, confusion
+from cellplane.tracking.promotion import chance_warning
 from cellplane.tracking.registry import resolve_model
+
+log = logging.getLogger(__name__)
 
 
 def run_evaluate(config: EvaluateConfig) -> tuple[Scores, Path]:
@@ -77,6 +81,8 @@ def evaluate_annotation(pipeline: CellTypeAnnotationPipeline, train: AnnData, te
     for name, baseline in BASELINES.items():
         found[name] = baseline(train_counts[known], column(train, key)[known], test_counts[keep], seed)
     rows = {name: annotation_scores(truth[keep], predicted) for name, predicted in found.items()}
+    if warning := chance_warning("macro_f1", {name: row["macro_f1"] for name, row in rows.items()}):
+        log.warning("%s", warning)
     return {name: {"accuracy": row["accuracy"], "macro_f1": row["macro_f1"]} for name, row in rows.items()}
 
 

@@ -24,7 +24,7 @@ from cellplane.artifact.folder import ModelFolder, pack_tensors
 from cellplane.config import fingerprint
 from cellplane.data.sources import AnnData, cell_table
 from cellplane.errors import DataError
-from cellplane.inference import query_keys, record
+from cellplane.inference import flag_column, query_keys, record
 from cellplane.pipelines.base import Estimator, base_name, check_transfer
 from cellplane.pipelines.imputation_answer import KNOWN as KNOWN
 from cellplane.pipelines.imputation_answer import REFERENCE_CELLS, Fitted, imputed, imputed_rates
@@ -33,7 +33,7 @@ from cellplane.pipelines.imputation_baselines import Counts, baseline_prediction
 from cellplane.pipelines.imputation_cells import dense, limited, scaled_log
 from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.imputation_fit import Learned, Problem, learn
-from cellplane.pipelines.imputation_reading import Pair, read_pair, read_query
+from cellplane.pipelines.imputation_reading import Pair, read_pair, read_query, shown_total
 from cellplane.pipelines.metrics import correlations, rank_correlations
 from cellplane.train.finetune import Course, Progress
 from cellplane.train.loop import Keeping
@@ -106,6 +106,7 @@ class SpatialImputationPipeline(Estimator):
         X are the counts expected at each cell's observed depth, layers["log1p"] their log1p, layers["sd"] the standard
         deviation of such a count (negative binomial). var["expected_correlation"] says how far a gene can be trusted; those
         below `min_correlation` are refused: NaN in X and the layers, True in var["refused"], listed in uns["cellplm"]["refused"].
+        obs["cellplm_flag"] names cells without counts in the genes that the model was fitted with: their X is 0.
         The cells are read beside the kept reference, or beside ``reference``; then only genes that it measured are imputed.
         """
         state, threshold = self._state(), self.configured(config).min_correlation
@@ -117,7 +118,11 @@ class SpatialImputationPipeline(Estimator):
         genes = state.names.call(problem.wanted)
         ids = [self._fitted().vocabulary.gene_ids[gene] for gene in found.genes]
         var = pd.DataFrame({"gene_id": ids, "expected_correlation": expected, "refused": refused}, index=pd.Index(genes))
-        out = AnnData(X=tables[0], obs=data.obs.copy(), var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm))
+        obs = data.obs.copy()
+        obs.index = obs.index.astype(str)
+        if (flags := flag_column(problem.cells.query)) is not None:
+            obs["cellplm_flag"] = flags
+        out = AnnData(X=tables[0], obs=obs, var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm))
         listed = [gene for gene, no in zip(genes, refused, strict=True) if no]
         out.uns["cellplm"] = self._record(report, listed, problem.cells.reference.n_cells if reference is not None else None)
         return out
@@ -179,8 +184,10 @@ class SpatialImputationPipeline(Estimator):
         scored = np.flatnonzero(state.wanted & table.panel)
         if len(scored) == 0:
             raise DataError("the data measured none of the imputed genes: there is no truth to score against")
-        totals = table.totals()
-        return scaled_log(dense(table, scored), totals, float(np.median(totals[totals > 0]))), scored
+        truth = scaled_log(dense(table, scored), table.totals(), shown_total(table, "query"))
+        if not (truth.std(0) > 0).any():
+            raise DataError(f"none of the {len(scored)} genes varies over the {len(truth)} cells; score on cells that differ")
+        return truth, scored
 
     def _record(self, report: Mapping[str, Any], refused: list[str], given: int | None) -> dict[str, Any]:
         state = self._state()

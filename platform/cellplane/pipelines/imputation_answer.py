@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder, unpack_tensors
 from cellplane.data.patches import patches
 from cellplane.data.sentences import CellTable
-from cellplane.errors import FileFormatError
+from cellplane.errors import FileFormatError, VocabularyError
 from cellplane.model.cellplm import CellPLM
 from cellplane.pipelines.gene_names import GeneNames
 from cellplane.pipelines.imputation_cells import MixedCells, Rows, limited
 from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.imputation_fit import Flags, Problem, Scaling, Table, mixed, patch_rates
-from cellplane.pipelines.imputation_reading import check_shared
+from cellplane.pipelines.imputation_reading import check_shared, shown_total
 
 KNOWN, REFERENCE_CELLS = "imputation.json", "reference.safetensors"  # attachments of the model folder
 
@@ -43,12 +43,16 @@ class Fitted:
     def problem(self, query: CellTable, reference: CellTable | None = None, genes: Flags | None = None) -> Problem:
         """These cells beside the kept reference, or another one, asked for some ``genes`` [G] (None: all that the reference measured).
 
-        VocabularyError when too few observed genes are left.
+        VocabularyError when too few observed genes are left, or none to impute; DataError for a reference without counts.
         """
         beside = self.reference if reference is None else limited(reference, self.observed | self.wanted)
         observed = self.observed & query.panel & beside.panel
         check_shared(observed)
         wanted = self.wanted & beside.panel if genes is None else genes
+        if reference is not None:
+            shown_total(limited(beside, observed), "reference")
+            if not wanted.any():
+                raise VocabularyError(f"the reference measured none of the {self.wanted.sum()} genes to impute; take one that did")
         return Problem(MixedCells(limited(query, observed), beside), observed, wanted, self.total)
 
 

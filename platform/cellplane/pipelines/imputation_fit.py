@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
 from cellplane.data.sentences import PlanConfig, StepPlan
+from cellplane.errors import DataError
 from cellplane.inference import build_network, decoded
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.pipelines.imputation_cells import (
@@ -105,6 +106,11 @@ def learn(problem: Problem, config: ImputationConfig, course: Course) -> Learned
     rng = np.random.default_rng(keyed_seed(config.seed, "folds"))
     observed = np.flatnonzero(problem.observed)
     folds = [Fold.of(problem, np.sort(genes), config) for genes in np.array_split(rng.permutation(observed), config.folds)]
+    if not any((fold.truth.std(0) > 0).any() for fold in folds):
+        raise DataError(
+            f"no observed gene varies over the {problem.cells.query.n_cells} cells of the query, so none can show how well it is "
+            "foretold when it is hidden; fit on cells that differ"
+        )
     step = best_step([fold.curve for fold in folds])
     ridge, share = best_partner(scores_of(folds)) if partners_of(config) else (0.0, 0.0)
     correlation, expected = np.full(len(problem.observed), np.nan), np.full(len(problem.observed), np.nan)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
 from cellplane.data.config import DataKeys
+from cellplane.data.quality import tell_scale
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, cell_table
 from cellplane.errors import DataError, VocabularyError
@@ -49,6 +50,7 @@ def read_pair(data: AnnData, reference: AnnData, config: ImputationConfig, base:
     start, vocabulary = starting_model(base, reference, config.reference_keys, config.new_genes)
     theirs, _ = cell_table(reference, vocabulary, config.reference_keys)
     query, report = cell_table(data, vocabulary, config.keys)
+    tell_scale(query)
     wanted = _wanted(query, theirs, GeneNames.of(reference, vocabulary, config.reference_keys), config)
     observed = query.panel & theirs.panel & ~wanted
     check_shared(observed)
@@ -105,12 +107,14 @@ def _wanted(query: CellTable, reference: CellTable, names: GeneNames, config: Im
 def read_query(data: AnnData, vocabulary: GeneVocabulary, keys: DataKeys, observed: Flags) -> tuple[CellTable, Mapping[str, Any]]:
     """Other query cells, limited to the genes that were observed in fitting; warns when some of these are missing.
 
-    Raises VocabularyError when too few are left.
+    Raises VocabularyError when too few are left, DataError when there are cells and none shows counts.
     """
     table, report = cell_table(data, vocabulary, keys)
+    tell_scale(table)
     part = limited(table, observed)
     check_shared(part.panel)
     if missing := int(observed.sum() - part.panel.sum()):
         log.warning("%d of the %d genes that the model was fitted with are missing here", missing, observed.sum())
-    shown_total(part, "query")
+    if table.n_cells:
+        shown_total(part, "query")
     return replace(part, labels=None), report

@@ -38,7 +38,7 @@ from cellplane.pipelines.report import as_markdown, summary_of
 from cellplane.tracking.journal import Journal
 from cellplane.tracking.runs import MetricPump
 from cellplane.train.checkpoint import checkpoints_of
-from cellplane.train.checks import check_run
+from cellplane.train.checks import check_run, warn_about
 from cellplane.train.config import PretrainConfig
 from cellplane.train.launch import pretrain, ray_job_id
 from cellplane.train.run_folder import RunFolder
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 def run_pretrain(config: PretrainConfig, progress: Progress = quiet) -> JobReport:
     """Pre-trains on shards, tracked from the first step; see `train.launch.pretrain` for the errors."""
     folder, manifest = RunFolder.of(config.run), check_pretrain(config)
+    warn_about(config, manifest)
     journal = Journal(folder.journal)
     spec = pretraining_spec(config, manifest, run_name("pretrain", config.run), ray_job_id())
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder
 from cellplane.config import fingerprint
 from cellplane.data.sources import AnnData, cell_table
+from cellplane.errors import ConfigError
 from cellplane.inference import query_keys, record
 from cellplane.pipelines.base import Estimator, base_name, check_transfer
 from cellplane.pipelines.perturbation_answer import KNOWN as KNOWN
@@ -80,12 +81,13 @@ class PerturbationPipeline(Estimator):
 
         All cells are taken as controls unless the perturbation column says otherwise. X is the predicted mean over cells of
         log1p of counts scaled to the training controls' median total; layers["delta"] the change from these controls,
-        layers["rates"] expected counts per 10,000. Groups (batch x cell type) are predicted apart and averaged by their cells,
-        or with ``by_group`` given a row each. obs: perturbation, kind, seen (in training), fallback, control_cells. Raises
-        VocabularyError for genes the model does not know, unless `fallback` is mean_of_training; DataError without controls.
+        layers["rates"] expected counts per 10,000; var["measured"] says which genes ``data`` measured. Groups (batch x cell type)
+        are predicted apart and averaged by their cells, or with ``by_group`` given a row each. obs: perturbation, kind, seen (in
+        training), fallback, control_cells. Raises VocabularyError for genes the model does not know, unless `fallback` is
+        mean_of_training; DataError without controls; ConfigError where ``perturbations`` are no names.
         """
         state, asked = self._state(), self.configured(config)
-        names = list(self.perturbations_ if perturbations is None else perturbations)
+        names = asked_names(self.perturbations_ if perturbations is None else perturbations)
         for name in names:  # an unknown one is told before anything is read
             state.meaning(name, asked)
         screen, report = self._controls(data)
@@ -106,7 +108,9 @@ class PerturbationPipeline(Estimator):
         out = AnnData(
             X=profile.astype(np.float32),
             obs=obs,
-            var=pd.DataFrame({"gene_id": list(self._fitted().vocabulary.gene_ids)}, index=pd.Index(state.genes.labels)),
+            var=pd.DataFrame(
+                {"gene_id": list(self._fitted().vocabulary.gene_ids), "measured": screen.table.panel}, index=pd.Index(state.genes.labels)
+            ),
             layers={"delta": change.astype(np.float32), "rates": (rates * PER).astype(np.float32)},
         )
         out.uns["cellplm"] = self._record(report)
@@ -135,6 +139,9 @@ class PerturbationPipeline(Estimator):
         table, report = cell_table(data, folder.vocabulary, keys)
         group, _ = groups(data, config.model_copy(update={"keys": _present(data, config)}))
         name = named(data, config) if config.perturbation_key in data.obs else np.full(data.n_obs, "", dtype=object)
+        controls = name == ""
+        if empty := int((controls & (table.totals() == 0)).sum()):
+            log.warning("%d of %d control cells have no counts in genes the model knows and are left out", empty, controls.sum())
         return self._state().controls(table, group, name), report
 
     def _screen(self, data: AnnData) -> Screen:
@@ -149,7 +156,7 @@ class PerturbationPipeline(Estimator):
         if left_out := sorted(found.keys() - meaning.keys()):
             log.warning("%d perturbations that are no known genes are not scored: %s", len(left_out), ", ".join(left_out[:5]))
         screen = Screen(table, self._state().genes, group, names, meaning, self._state().total, cell_type, stimuli)
-        return screen.only(np.array([name == "" or name in meaning for name in names]))
+        return screen.only((table.totals() > 0) & np.array([name == "" or name in meaning for name in names]))
 
     def _record(self, report: Mapping[str, Any]) -> dict[str, Any]:
         context = f"own: control cells of one group, sentences of at most {SENTENCE_CELLS} cells in their order"
@@ -188,6 +195,14 @@ class PerturbationPipeline(Estimator):
             },
             attachments={KNOWN: json.dumps(known).encode()},
         )
+
+
+def asked_names(perturbations: Sequence[str]) -> list[str]:
+    """The names as a list, one alone too; ConfigError for none, and for what is no text."""
+    names = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"perturbations are names, such as GATA1 or GATA1+MYC, found {names}; leave them out to ask for all learned ones")
+    return names
 
 
 def _present(data: AnnData, config: PerturbationConfig) -> Any:

@@ -48,7 +48,7 @@ def measure_denoising(config: TryDenoising, bench: Bench) -> Tried:
     place = Place(Path(config.data).stem, "count splitting", 0, config.seed)
     found: dict[str, Entry] = {}
     for number, (name, ask) in enumerate(methods.items(), 1):
-        bench.say(f"[{number}/{len(methods)}] {name}")
+        bench.say(f"[{number}/{len(methods)}] {name}{', which takes longest' if name == MODEL_ROW else ''}")
         method = Method(name, "model" if name == MODEL_ROW else "baseline")
         found[name] = bench.ledger.measured(place, method, lambda ask=ask: _measured(ask, kept, rest))  # type: ignore[misc]
     best = min((name for name in found if name != MODEL_ROW), key=lambda name: found[name].metrics["nats"])

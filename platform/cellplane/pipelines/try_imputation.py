@@ -21,7 +21,7 @@ from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.plots import save_axes
 from cellplane.pipelines.protocol import Entry, Found, Method, Picture, Place
 from cellplane.pipelines.try_config import TryImputation
-from cellplane.pipelines.try_parts import Bench, Task, Tried, base_of, evaluation_of
+from cellplane.pipelines.try_parts import Bench, Task, Tried, base_of, evaluation_of, still_to_go
 from cellplane.pipelines.verdict import Measure, Verdict, mean_lead
 
 MEASURE = Measure("mean correlation of predicted and measured expression", "hidden genes")
@@ -42,9 +42,10 @@ def measure_imputation(config: TryImputation, bench: Bench) -> Tried:
     hidden = np.random.default_rng(config.seed).permutation(shared)[: config.hidden_genes]
     folds = np.array_split(hidden, config.folds)
     entries: list[Entry] = []
-    found = []
+    found: list[Entry] = []
     for number, genes in enumerate(folds, 1):
-        bench.say(f"[{number}/{len(folds)}] {len(genes)} of {len(shared)} shared genes hidden")
+        to_go = still_to_go([entry.seconds for entry in found], len(folds))
+        bench.say(f"[{number}/{len(folds)}] {len(genes)} of {len(shared)} shared genes hidden{to_go}")
         place = Place(Path(config.data).stem, "genes", number - 1, config.seed)
         part = recipe.model_copy(update={"genes": tuple(map(str, genes)), "seed": config.seed})
         work = lambda part=part: _measured(config, part, query, reference)  # noqa: E731

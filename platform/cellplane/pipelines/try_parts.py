@@ -44,6 +44,16 @@ class Task:
     answer: Callable[[Any, str], tuple[AnnData | None, str]]
 
 
+def how_long(seconds: float) -> str:
+    """`about 40 s`, `about 3 min`."""
+    return f"about {max(10, round(seconds, -1)):.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
+def still_to_go(spent: Sequence[float], parts: int) -> str:
+    """What the parts that were measured let expect of the others; nothing before the first one."""
+    return f", {how_long(sum(spent) / len(spent) * (parts - len(spent)))} to go" if spent else ""
+
+
 def base_of(config: TryConfig) -> Any:
     """The base model, verified; None from scratch."""
     if config.base_model is None:

@@ -68,10 +68,11 @@ class Verdict:
     @property
     def text(self) -> str:
         """Two sentences: what to use, and why."""
+        little = "scored better, but chance explains as much" if self.lead.mean else "is simpler"
         advice = {
             "model": f"Use {MODEL_ROW}.",
             "baseline": f"Use {self.baseline}, the simple method: it is better than {MODEL_ROW} on your data.",
-            "undecided": f"Too close to tell: use {self.baseline}, which is simpler, or {MODEL_ROW}; {self.winner} scored better.",
+            "undecided": f"Too close to tell: {self.winner} {little}.",
         }
         digits, lead = self.measure.digits, self.lead
         sense = "smaller" if self.measure.lower_is_better else "larger"

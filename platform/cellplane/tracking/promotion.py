@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from cellplane.errors import ConfigError
@@ -20,19 +21,25 @@ log = logging.getLogger(__name__)
 
 OURS = "cellplm"  # the row of the model itself among its held-out scores
 METRICS = ("macro_f1", "pearson", "accuracy")  # the first that a run has decides
+MAJORITY = "majority"  # the row of the baseline that looks at no cell
+NEAR = 0.2  # above the majority's macro-F1: guessing at random reaches .17 above it (two or three types of one size), and some luck
 TOLERANCE = 0.01  # a point of macro-F1: what another seed changes
 MANUAL_EDITS = f"set the alias {CHAMPION!r} with `cellplane models promote NAME VERSION`"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found: the metric that decided, its value, the champion's, the best baseline's; None where there is none."""
+    """What the gate found: the metric that decided, its value, the champion's, the best baseline's; None where there is none.
+
+    ``warning`` is for whoever promotes: the gate compares, and where every method fails it lets the best failure pass.
+    """
 
     metric: str | None
     value: float | None
     champion: float | None
     baseline: float | None
     tolerance: float
+    warning: str | None = None
 
     @property
     def refusal(self) -> str | None:
@@ -47,6 +54,18 @@ class Verdict:
         return None
 
 
+def chance_warning(metric: str, values: Mapping[str, float]) -> str | None:
+    """What to think of held-out scores by method when all lie near "majority", which always says the commonest; else None."""
+    majority, others = values.get(MAJORITY), {name: value for name, value in values.items() if name != MAJORITY}
+    if majority is None or not others or max(others.values()) > majority + NEAR:
+        return None
+    best = max(others, key=others.__getitem__)
+    return (
+        f"no method does much better on the held-out cells than always saying the commonest type: {metric} {others[best]:.3f} of {best}, "
+        f"the best, against {majority:.3f}. A model is of no use there, whichever ranks first: have both files the same types and names?"
+    )
+
+
 def judge(name: str, version: int, uri: str | None = None, tolerance: float = TOLERANCE) -> Verdict:
     """The gate's view of a version: at least the champion's score less ``tolerance``, and no worse than the best baseline.
 
@@ -58,8 +77,9 @@ def judge(name: str, version: int, uri: str | None = None, tolerance: float = TO
         return Verdict(None, None, None, None, tolerance)
     champion = registry.aliases_of(name, uri).get(CHAMPION)
     other = None if champion in (None, version) else registry.scores_of(name, champion, uri).get(f"{OURS}/{metric}")
-    baselines = [value for key, value in scores.items() if key.endswith(f"/{metric}") and not key.startswith(OURS)]
-    return Verdict(metric, scores[f"{OURS}/{metric}"], other, max(baselines, default=None), tolerance)
+    values = {key.removesuffix(f"/{metric}"): value for key, value in scores.items() if key.endswith(f"/{metric}")}
+    baselines = [value for key, value in values.items() if not key.startswith(OURS)]
+    return Verdict(metric, values[OURS], other, max(baselines, default=None), tolerance, chance_warning(metric, values))
 
 
 def promote(name: str, version: int, uri: str | None = None, tolerance: float = TOLERANCE, force: bool = False) -> Verdict:

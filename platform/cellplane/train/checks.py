@@ -16,6 +16,8 @@ from cellplane.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+USUAL_CELLS = 2048  # no sentence of an unchanged conversion is longer; a step of one takes 2 GiB even at 85M
+
 
 def check_run(config: PretrainConfig) -> Manifest:
     """The manifest of the shards to train on.
@@ -26,36 +28,40 @@ def check_run(config: PretrainConfig) -> Manifest:
     if not config.shards:
         raise ConfigError("shards is empty: name the folder that `cellplane data convert` wrote, e.g. -o shards=.cellplane/shards")
     manifest = read_manifest(fetch_shards(config.shards))
-    _check_sentences(config, manifest)
-    _check_workers(config, manifest)
+    if not manifest.sentences:
+        raise DataError(f"{config.shards} holds no sentences, so there is nothing to train on; convert some cells first")
+    _check_workers(config)
     _check_same(config, manifest)
     return manifest
 
 
-def _check_sentences(config: PretrainConfig, manifest: Manifest) -> None:
-    sizes = [sentence.cells for sentence in manifest.sentences]
-    if not sizes:
-        raise DataError(f"{config.shards} holds no sentences, so there is nothing to train on; convert some cells first")
-    budget = config.plan.cells_per_micro_batch
-    if max(sizes) > budget:
+def warn_about(config: PretrainConfig, manifest: Manifest) -> None:
+    """Says what a person may regret of a run that `check_run` lets pass: for whoever starts it, once."""
+    longest, budget = max(sentence.cells for sentence in manifest.sentences), config.plan.cells_per_micro_batch
+    if longest > max(budget, USUAL_CELLS):
         log.warning(
             "sentences of up to %d cells exceed plan.cells_per_micro_batch = %d: each of those stands alone and takes its own memory; "
             "convert with a smaller max_cells to bound it",
-            max(sizes),
+            longest,
             budget,
+        )
+    filled = -(-manifest.cells // budget)
+    if filled < config.workers.most:
+        log.warning(
+            "%d cells fill about %d micro-batches an epoch: most of the %d workers will do nothing",
+            manifest.cells,
+            filled,
+            config.workers.most,
         )
 
 
-def _check_workers(config: PretrainConfig, manifest: Manifest) -> None:
+def _check_workers(config: PretrainConfig) -> None:
     most, width = config.workers.most, config.plan.micro_batches_per_step
     if most > width:
         raise ConfigError(
             f"{most} workers, but a step has {width} micro-batches, which are never shared: the others would do nothing; "
             f"start {width} (-o workers.count={width}), or raise plan.micro_batches_per_step, which makes it another run"
         )
-    filled = -(-manifest.cells // config.plan.cells_per_micro_batch)
-    if filled < most:
-        log.warning("%d cells fill about %d micro-batches an epoch: most of the %d workers will do nothing", manifest.cells, filled, most)
 
 
 def _check_same(config: PretrainConfig, manifest: Manifest) -> None:
