@@ -31,6 +31,7 @@ for word; do
   previous=$word
 done
 if [ -n "$config" ]; then sed -i -f {changes} "$config"; fi
+renice 0 "$$" >/dev/null 2>&1 || :  # what Ray starts has a low priority; the door must never wait for the models (root only)
 exec {binary} "$@"
 """
 

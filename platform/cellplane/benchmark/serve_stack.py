@@ -41,6 +41,7 @@ GENES, MAX_CELLS = 2000, 256
 GOOD, NEXT, NAN, GOLDEN, FLIPPED = 1, 2, 3, 4, 5
 WAIT_S = 180.0
 KEYS = DataKeys(batch_key="batch")
+LET_IN = 48  # by HAProxy, of the 64 that the endpoint holds: who is let in is not refused again behind the door
 SETTINGS = ("num_cpus=0", "replicas=2", "max_ongoing_requests=16", "max_queued_requests=32", f"startup_timeout_s={WAIT_S:g}")
 
 
@@ -163,7 +164,8 @@ def an_endpoint(proxy: str = "serve") -> Iterator[Endpoint]:
         home = Path(folder)
         _register_versions(home)
         try:
-            command(home, "up", "-o", "num_cpus=2", "-o", f"proxy={proxy}", *(word for name in PORTS for word in ("-o", f"{name}=0")))
+            settings = ("num_cpus=2", f"proxy={proxy}", f"max_requests={LET_IN}", *(f"{name}=0" for name in PORTS))
+            command(home, "up", *(word for setting in settings for word in ("-o", setting)))
             promote(NAME, GOOD, local_uri(home))
             options = [word for setting in SETTINGS for word in ("-o", setting)]
             url = command(home, "serve", f"models:/{NAME}@champion", "--name", NAME, *options)["url"]
