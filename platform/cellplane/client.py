@@ -211,7 +211,7 @@ class Client:
             part = replace(asked, cells=cells, options={**asked.options, "perturbation": ",".join(own), "by_group": "true"})
             answers.append(self._ask_once(part, "perturb", list(range(len(cells.sentences))))[:2])
             progress(len(answers), 0)
-        return served_perturbation(answers, asked.cells.vocabulary, bool((options or {}).get("by_group")))
+        return served_perturbation(answers, asked.cells, bool((options or {}).get("by_group")))
 
     def _asked(self, adata: AnnData, model: str, keys: DataKeys | None, options: Options | None) -> _Asked:
         """The cells as the model's task reads them."""

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from cellplane.data.config import DataKeys
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData, gene_columns
-from cellplane.genes import GeneVocabulary
 from cellplane.results import Annotation, Denoised, write_annotation, write_denoised, write_flags
 from cellplane.wire import N_ROWS, WireCells
 
@@ -83,7 +82,7 @@ def served_imputation(adata: AnnData, columns: Columns, about: About, order: Seq
     return out
 
 
-def served_perturbation(parts: Sequence[tuple[Columns, About]], vocabulary: GeneVocabulary, by_group: bool) -> AnnData:
+def served_perturbation(parts: Sequence[tuple[Columns, About]], cells: WireCells, by_group: bool) -> AnnData:
     """Predicted populations as a new AnnData, as the pipeline's predict; ``parts`` are answers by group, in any order."""
     about = parts[0][1]
     rows = [pd.DataFrame({name: values for name, values in columns.items() if values.ndim == 1}) for columns, _ in parts]
@@ -96,7 +95,7 @@ def served_perturbation(parts: Sequence[tuple[Columns, About]], vocabulary: Gene
         obs, tables = _averaged(obs, tables)
     names = [f"{name} | {group}" if by_group else name for name, group in zip(obs["perturbation"], obs["group"], strict=True)]
     obs = obs.loc[:, ["perturbation", "group", "kind", "seen", "fallback", "control_cells"]].set_axis(pd.Index(names), axis=0)
-    var = pd.DataFrame({"gene_id": list(vocabulary.gene_ids)}, index=pd.Index(about["genes"]))
+    var = pd.DataFrame({"gene_id": list(cells.vocabulary.gene_ids), "measured": cells.table.panel}, index=pd.Index(about["genes"]))
     layers = {place: tables[name].astype(np.float32) for name, place in TABLES.items() if place != "X"}
     out = AnnData(X=tables["mean_log"].astype(np.float32), obs=obs, var=var, layers=layers)
     out.uns["cellplm"] = storable({key: value for key, value in about.items() if key != "genes"})
