@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="quiet rounds, the sides in turn in each; default: 5")
     parser.add_argument("--requests", type=int, help="serve: under load; default: 500, the gate asks 10000")
     parser.add_argument("--seconds", type=int, help="serve: of overload; default: 5, the gate asks 60")
-    parser.add_argument("--proxy", choices=("serve", "haproxy"), help="serve: what receives HTTP; default: serve")
+    parser.add_argument("--proxy", choices=("auto", "serve", "haproxy"), help="serve: what receives HTTP; default: as `cellplane up`")
     parser.add_argument("--only", nargs="+", default=(), help="these parts alone; a wrong one is told which there are")
     parser.add_argument("--models", nargs="+", default=(), help="train: these models alone (tiny, 10m, 85m)")
     parser.add_argument("--python", type=Path, help="model, peers: the other packages' Python; default: an environment is made for them")

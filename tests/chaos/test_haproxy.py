@@ -1,4 +1,4 @@
-"""`cellplane up -o proxy=haproxy`: the same answers, nothing open to others, and away again with `down`, killed or not."""
+"""`cellplane up` with HAProxy: the same answers, nothing open to others, and away again with `down`, killed or not."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ServeBenchmark:
 
     requests: int = 500
     seconds: int = 5
-    proxy: str = "serve"
+    proxy: str = "auto"
     only: tuple[str, ...] = ()
 
     def run(self) -> Iterator[Figure]:

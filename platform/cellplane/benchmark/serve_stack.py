@@ -158,7 +158,7 @@ def bodies_of(endpoint: Endpoint, cells: AnnData) -> list[Path]:
 
 
 @contextmanager
-def an_endpoint(proxy: str = "serve") -> Iterator[Endpoint]:
+def an_endpoint(proxy: str = "auto") -> Iterator[Endpoint]:
     """A stack with the versions in its registry, the first one served; gone afterwards. ``proxy`` as `cellplane up` takes it."""
     with tempfile.TemporaryDirectory(prefix="cellplane-benchmark-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
