@@ -23,7 +23,6 @@ import psutil
 import pytest
 
 from cellplane import haproxy
-from cellplane.cluster import StackConfig
 from cellplane.errors import ConfigError
 from cellplane.processes import port_for
 

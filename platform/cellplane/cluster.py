@@ -70,7 +70,7 @@ class StackConfig(Config):
     serve_port: int = Field(8000, ge=0, le=65535)
     """Where the endpoints will listen once something is served."""
     proxy: Literal["auto", "serve", "haproxy"] = "auto"
-    """What receives HTTP for the endpoints: Ray Serve's own proxy, or the HAProxy that comes with it, which takes more load; auto: HAProxy where it is there."""
+    """What receives HTTP for the endpoints: Ray Serve's own proxy, or the HAProxy that comes with it on Linux and takes more (auto)."""
     max_requests: int = Field(48, ge=1)
     """HAProxy only: bodies let in at once; more get 503 with Retry-After at the door. `serve` has a limit of its own behind."""
     start_timeout_s: float = Field(120.0, gt=0)
