@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cellplane.artifact import official as names
-from cellplane.artifact.folder import ModelFolder
+from cellplane.artifact.folder import ModelFolder, save_model
 from cellplane.data.config import SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData, write_h5ad
@@ -28,6 +28,7 @@ RECIPE: dict[str, Any] = {
     "max_cells": 100,
 }
 N_GENES = 150
+BASE_MODEL: dict[str, Any] = {"width": 16, "n_heads": 2, "n_blocks": 1, "latent": "ae", "latent_width": 8, "decoder_width": 16}
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
 STEPS = 30
 
@@ -149,3 +150,12 @@ def alone(tmp_path: Path, training: AnnData, query: AnnData, monkeypatch: pytest
     monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
     return make_place(tmp_path, training, query)
+
+
+def saved_base(genes: list[str], folder: Path) -> str:
+    """A base with random weights that knows these genes, in a folder."""
+    torch.manual_seed(0)
+    config = ModelConfig(n_genes=len(genes), decoder_bottleneck=8, **BASE_MODEL)
+    vocabulary = GeneVocabulary.from_ids(genes)
+    base = ModelFolder(config=config, weights=new_model(config, 0).state_dict(), vocabulary=vocabulary, task="pretrain", max_cells=100)
+    return str(save_model(base, folder))

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 from cellplane.data.sentences import CellTable
-from cellplane.errors import ConfigError
+from cellplane.data.sources import read_h5ad
+from cellplane.errors import ConfigError, DataError
 from cellplane.pipelines.denoising_baselines import Answers, gene_frequency, split_counts
-from cellplane.pipelines.denoising_protocol import NETWORK_ROW, own_counts, run_denoising_protocol, smoothness, splitting_scores
+from cellplane.pipelines.denoising_protocol import (
+    NETWORK_ROW,
+    own_counts,
+    renumbered,
+    run_denoising_protocol,
+    smoothness,
+    splitting_scores,
+)
 from cellplane.pipelines.task_protocols import DenoisingProtocol
+from tests.pipelines.conftest import saved_base
 from tests.pipelines.test_denoising import RATES
 
 CELLS, GENES = 600, 40
@@ -83,9 +93,35 @@ def test_a_protocol_scores_every_method_under_both_and_is_not_run_twice(alone):
     assert again == []
 
 
-def test_bases_are_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="--refit"):
-        DenoisingProtocol.model_validate({"bases": {"one": "models:/one@champion"}})
+def test_a_base_of_other_genes_has_rows_of_its_own_over_the_same_counts(alone, tmp_path):
+    genes = [str(gene) for gene in read_h5ad(Path(alone.train)).var_names]
+    base = saved_base(["somebody else's", *genes[::-2]], tmp_path / "base")
+    data = {"path": str(alone.train), "keys": {"batch_key": None, "labels_key": "cell_type"}, "bases": {"other": base}}
+    small = {**RATES, "optimizer": {"steps": 2}}
+    plain = {"data": {"simulated": data}, "seeds": [0], "recipe": small, "out": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="new_genes=add"):
+        run_denoising_protocol(DenoisingProtocol.model_validate(plain))
+    config = DenoisingProtocol.model_validate({**plain, "finetune": {**small, "new_genes": "add"}})
+    evaluation = run_denoising_protocol(config).evaluation
+    rows = {row.method.name: row for row in evaluation.rows("simulated", "splitting")}
+    assert rows.keys() > {"cellplm", "cellplm from other", f"{NETWORK_ROW} from other"}
+    nothing_known = rows["own_counts"].mean("nats_per_1000")
+    assert rows["gene_frequency"].mean("nats_per_1000") / 2 < rows["cellplm from other"].mean("nats_per_1000") < nothing_known
+    assert any("the model does not say which files" in note for note in evaluation.notes)
+
+
+def test_renumbered_cells_hold_the_same_counts_and_leave_the_table_alone(table):
+    places = np.random.default_rng(0).permutation(GENES + 5)[:GENES]
+    before = table.value.copy()
+    moved = renumbered(table, places, GENES + 5)
+    there, here = (sp.csr_matrix((one.value, one.gene, one.crow), shape=(CELLS, GENES + 5)).toarray() for one in (moved, table))
+    np.testing.assert_array_equal(there[:, places], here[:, :GENES])
+    np.testing.assert_array_equal(moved.panel[places], table.panel)
+    assert moved.panel.sum() == table.panel.sum()
+    np.testing.assert_array_equal(table.value, before)
+
+
+def test_no_data_set_is_told():
     with pytest.raises(ConfigError, match="no data set"):
         run_denoising_protocol(DenoisingProtocol())
 

@@ -14,7 +14,7 @@ from cellplane.data.sources import AnnData, write_h5ad
 from cellplane.errors import DataError
 from cellplane.pipelines.imputation_protocol import CEILING, WITHIN, coverage, opened, run_imputation_protocol
 from cellplane.pipelines.task_protocols import ImputationProtocol, ImputedData
-from tests.pipelines.conftest import NOBODY
+from tests.pipelines.conftest import NOBODY, saved_base
 from tests.pipelines.test_imputation import SHORT
 
 
@@ -33,11 +33,14 @@ def path(tissue: AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_shared_gene_is_hidden_once_a_seed_and_nothing_is_measured_twice(path, tissue, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
-    plain = {"data": {"tissue": {"path": str(path), "strip_um": 5}}, "gene_folds": 2, "seeds": [0], "recipe": SHORT, "out": str(tmp_path)}
+    base = saved_base([*map(str, tissue.var_names[:30]), "somebody else's"], tmp_path / "base")
+    data = {"tissue": {"path": str(path), "strip_um": 5, "bases": {"other": base}}}
+    plain = {"data": data, "gene_folds": 2, "seeds": [0], "recipe": SHORT, "out": str(tmp_path)}
     config = ImputationProtocol.model_validate(plain)
     lines: list[str] = []
     evaluation = run_imputation_protocol(config, lines.append).evaluation
     rows = {row.method.name: row.method.kind for row in evaluation.rows(*evaluation.tables()[0])}
+    assert rows.pop("cellplm from other") == "model"
     assert rows == {"cellplm": "model", "knn": "baseline", "ridge": "baseline", WITHIN: "ceiling", CEILING: "ceiling"}
     genes = [gene for entry in evaluation.entries if entry.method.name == "knn" for gene in entry.details["per_gene"]]
     assert sorted(genes) == sorted(tissue.var_names)
@@ -45,7 +48,7 @@ def test_every_shared_gene_is_hidden_once_a_seed_and_nothing_is_measured_twice(p
     assert by_name[CEILING].mean("pearson") > by_name["knn"].mean("pearson")
     assert 0 < by_name["cellplm"].mean("coverage_90") < 1
     assert "coverage_90 (0.9 is best)" in (tmp_path / "report.md").read_text()
-    assert len(lines) == 2 * len(rows)
+    assert len(lines) == 2 * (len(rows) + 1)
     again: list[str] = []
     run_imputation_protocol(config, again.append)
     assert again == []

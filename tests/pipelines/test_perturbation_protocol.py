@@ -12,7 +12,7 @@ from cellplane.data.sources import write_h5ad
 from cellplane.errors import DataError
 from cellplane.pipelines.perturbation_protocol import CEILING, run_perturbation_protocol
 from cellplane.pipelines.task_protocols import PerturbationProtocol
-from tests.pipelines.conftest import NOBODY
+from tests.pipelines.conftest import NOBODY, saved_base
 from tests.pipelines.test_perturbation import SHORT
 
 
@@ -54,6 +54,21 @@ def test_every_perturbation_is_left_out_and_those_apart_have_their_own_table(nam
     again: list[str] = []
     run_perturbation_protocol(config, again.append)
     assert again == []
+
+
+def test_a_base_has_rows_of_its_own(names_and_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    _, path = names_and_path
+    base = saved_base([f"GENE{number:04d}" for number in range(1, 21)], tmp_path / "base")
+    config = configured(path, tmp_path, [])
+    asked = config.data["screen"].model_copy(update={"bases": {"other": base}})
+    evaluation = run_perturbation_protocol(config.model_copy(update={"data": {"screen": asked}})).evaluation
+    rows = {row.method.name: row for row in evaluation.rows(*evaluation.tables()[0])}
+    assert rows.keys() > {"cellplm", "cellplm from other", "network alone from other"}
+    assert rows["network alone from other"].mean("mse") != rows["network alone"].mean("mse")
+    known: list[str] = []
+    run_perturbation_protocol(config, known.append)
+    assert known == []  # rows from scratch do not hang on bases
 
 
 def test_a_name_that_is_not_there_cannot_be_told_apart(names_and_path, tmp_path):

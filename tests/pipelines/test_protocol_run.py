@@ -109,7 +109,7 @@ def test_a_note_says_whether_a_base_has_seen_the_cells(file, base_model, sources
     told = {} if sources is None else {"sources": sources.format(digits=source_sha256(file, False)[:SOURCE_DIGITS])}
     base = replace(base_model, lineage=told)
     assert seen(base, file) is answer
-    (note,) = base_notes("cells", asked(file), {"human": base})
+    (note,) = base_notes("cells", [str(file)], {"human": base})
     assert words in note
     assert note.startswith("cells, base human")
 

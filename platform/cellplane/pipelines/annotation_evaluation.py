@@ -38,7 +38,7 @@ def run_annotation_protocol(config: AnnotationProtocol, say: Say = quiet) -> Fin
         found, truth = _measured(config, study, opened, (ledgers, say))
         entries += found
         truths |= truth
-        notes += [*_notes(study, found), *base_notes(name, asked, opened.bases)]
+        notes += [*_notes(study, found), *base_notes(name, [asked.path], opened.bases)]
     pictures = _drawn(entries, truths, out / "pictures")
     evaluation = Evaluation(config.task, "macro_f1", tuple(entries), tuple(pictures), tuple(notes), ("calibration_error",))
     return finish(evaluation, config, "Cell type annotation, beside tuned baselines and controls")

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from cellplane.artifact.folder import ModelFolder
 from cellplane.config import to_plain
 from cellplane.data.sentences import CellTable
+from cellplane.data.sources import AnnData
+from cellplane.errors import DataError
 from cellplane.inference import Predictor, query_keys
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising import Cells, DenoisingPipeline, answers
@@ -40,7 +43,7 @@ from cellplane.pipelines.denoising_baselines import (
 from cellplane.pipelines.denoising_scores import FLIPPED, flip, masking_scores
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Place
-from cellplane.pipelines.protocol_run import Finished, Ledgers, Opened, Say, check_protocol, finish, open_data, out_of, quiet
+from cellplane.pipelines.protocol_run import Finished, Ledgers, Opened, Say, base_notes, check_protocol, finish, open_data, out_of, quiet
 from cellplane.pipelines.task_protocols import DenoisingProtocol
 
 MASKING, SPLITTING = "masking", "splitting"
@@ -60,10 +63,10 @@ def run_denoising_protocol(config: DenoisingProtocol, say: Say = quiet) -> Finis
     entries: list[Entry] = []
     notes: list[str] = []
     for name, asked in config.data.items():
-        opened = open_data(name, asked, {}, config.tracking_uri)
+        opened = open_data(name, asked, config.bases_for(name), config.tracking_uri)
         found = list(_entries(config, name, opened, (ledgers, say)))
         entries += found
-        notes += _notes(name, found)
+        notes += [*_notes(name, found), *base_notes(name, [asked.path], opened.bases)]
     evaluation = Evaluation(config.task, METRICS[SPLITTING], tuple(entries), (), tuple(notes), ERRORS, deciding=METRICS, aims=AIMS)
     return finish(evaluation, config, "Denoising, beside tuned baselines, and whether it smooths too much")
 
@@ -158,15 +161,59 @@ class Fit:
 Work = Callable[[], tuple[Answers, dict[str, Any]]]
 
 
-def methods_of(recipe: DenoisingConfig, cells: Cells, seed: int) -> dict[Method, Work]:
-    """Everything that answers about the thinned cells: ours, tuned baselines, controls."""
-    fit = Fit(cells, recipe.model_copy(update={"seed": recipe.seed + seed}))
-    methods: dict[Method, Work] = {Method(MODEL_ROW, "model"): fit.whole, Method(NETWORK_ROW, "control"): fit.network}
+@dataclass(frozen=True)
+class Arm:
+    """How cells are denoised by a network, from scratch or from a base of other genes: ``places`` [G] of our genes in its own."""
+
+    label: str
+    recipe: DenoisingConfig
+    cells: Cells
+    places: NDArray[np.int64]
+    settings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, recipe: DenoisingConfig, cells: Cells, data: AnnData | None = None, base: tuple[str, ModelFolder] | None = None) -> Arm:
+        """From scratch, or ``data`` read with a base; DataError when that does not know all their genes and may add none."""
+        genes = len(cells.vocabulary)
+        if data is None or base is None:
+            return cls("", recipe, cells, np.arange(genes), (to_plain(recipe),))
+        label, folder = base
+        own = Cells.of(data, folder, recipe)
+        places = own.vocabulary.index(cells.vocabulary.gene_ids)
+        if (unknown := int((places < 0).sum())) > 0:
+            raise DataError(f"base {label} does not know {unknown} of {genes} genes, and all are scored; set finetune.new_genes=add")
+        return cls(label, recipe, own, places, (to_plain(recipe), folder.model_sha256))
+
+    def methods(self, thinned: CellTable, seed: int) -> dict[Method, Work]:
+        """What it says of thinned cells: with their neighbours, and the network alone."""
+        own = replace(self.cells, table=renumbered(thinned, self.places, len(self.cells.vocabulary)))
+        fit = Fit(own, self.recipe.model_copy(update={"seed": self.recipe.seed + seed}))
+        since = f" from {self.label}" if self.label else ""
+        rows = {Method(MODEL_ROW + since, "model"): fit.whole, Method(NETWORK_ROW + since, "control"): fit.network}
+        return {row: partial(self._asked, work) for row, work in rows.items()}
+
+    def _asked(self, work: Work) -> tuple[Answers, dict[str, Any]]:
+        found, told = work()
+        return ((rows, shares[:, self.places]) for rows, shares in found), told
+
+
+def renumbered(table: CellTable, places: NDArray[np.int64], genes: int) -> CellTable:
+    """The same cells over a vocabulary of ``genes`` in which our genes have these places [G]."""
+    counts = csr_matrix((table.value.copy(), places[table.gene], table.crow), shape=(table.n_cells, genes))
+    counts.sort_indices()
+    panel = np.zeros(genes, dtype=bool)
+    panel[places] = table.panel
+    return replace(table, crow=counts.indptr.astype(np.int64), gene=counts.indices.astype(np.int64), value=counts.data, panel=panel)
+
+
+def plain_methods(table: CellTable, seed: int) -> dict[Method, Work]:
+    """What answers about the thinned cells without a network: tuned baselines, controls."""
+    methods: dict[Method, Work] = {}
     for name, tuned in tuned_baselines(seed).items():
-        methods[Method(name, "baseline")] = partial(_tuned, tuned, cells.table)
+        methods[Method(name, "baseline")] = partial(_tuned, tuned, table)
     plain: dict[str, Ask] = {**BASELINES, "own_counts": own_counts}
     for name, ask in plain.items():
-        methods[Method(name, "control" if name in CONTROLS else "baseline")] = partial(_plain, ask, cells.table)
+        methods[Method(name, "control" if name in CONTROLS else "baseline")] = partial(_plain, ask, table)
     return methods
 
 
@@ -181,14 +228,17 @@ def _plain(method: Ask, table: CellTable) -> tuple[Answers, dict[str, Any]]:
 
 def _entries(config: DenoisingProtocol, name: str, opened: Opened, to: tuple[Ledgers, Say]) -> Iterator[Entry]:
     ledgers, say = to
-    recipe = config.recipe.model_copy(update={"keys": query_keys(opened.cells, config.data[name].keys)})
+    keys = {"keys": query_keys(opened.cells, config.data[name].keys)}
+    recipe, begun = (one.model_copy(update=keys) for one in (config.recipe, config.finetune or config.recipe))
     whole = Cells.of(opened.cells, None, recipe)
+    arms = [Arm.of(recipe, whole), *(Arm.of(begun, whole, opened.cells, base) for base in opened.bases.items())]
     for seed in config.seeds:
         for task in tasks_of(whole.table, seed):
             place = Place(name, task.protocol, 0, seed)
-            for method, work in methods_of(recipe, replace(whole, table=task.thinned), seed).items():
-                ours = method.name in (MODEL_ROW, NETWORK_ROW)
-                ledger = ledgers.of("denoise", opened.identity, to_plain(recipe) if ours else {})
+            methods = {method: (arm.settings, work) for arm in arms for method, work in arm.methods(task.thinned, seed).items()}
+            methods |= {method: (({},), work) for method, work in plain_methods(task.thinned, seed).items()}
+            for method, (settings, work) in methods.items():
+                ledger = ledgers.of("denoise", opened.identity, *settings)
                 known = ledger.find(place, method.name) is not None
                 entry = ledger.measured(place, method, partial(_found, task, work), task.test_share)
                 if not known:

@@ -73,7 +73,7 @@ def run_embedding_protocol(config: EmbeddingProtocol, say: Say = quiet) -> Finis
         notes += [
             f"{name}: {study.cells.n_obs} cells of {len(set(study.types))} types, all of them in every row; seeds are those of Leiden"
         ]
-        notes += base_notes(name, asked, opened.bases)
+        notes += base_notes(name, [asked.path], opened.bases)
     evaluation = Evaluation(config.task, "nmi", tuple(entries), tuple(pictures), tuple(notes), splits_differ=False)
     return finish(evaluation, config, "Zero-shot embedding, beside principal components and random weights")
 

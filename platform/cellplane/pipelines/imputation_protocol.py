@@ -20,6 +20,7 @@ from scipy.stats import nbinom
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from cellplane.artifact.folder import ModelFolder
 from cellplane.config import to_plain
 from cellplane.data.files import file_sha256
 from cellplane.data.sources import AnnData, cell_table, find_counts, read_h5ad
@@ -33,8 +34,8 @@ from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.imputation_evaluation import shared_genes
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.metrics import correlations, rank_correlations
-from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Place
-from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, check_protocol, finish, out_of, quiet
+from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place
+from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, base_notes, check_protocol, finish, open_bases, out_of, quiet
 from cellplane.pipelines.task_protocols import ImputationProtocol, ImputedData
 from cellplane.seeds import keyed_seed
 
@@ -57,9 +58,10 @@ def run_imputation_protocol(config: ImputationProtocol, say: Say = quiet) -> Fin
     entries: list[Entry] = []
     notes: list[str] = []
     for name, asked in config.data.items():
-        found = list(_entries(config, name, asked, (ledgers, say)))
+        bases = open_bases(config, name)
+        found = list(_entries(config, name, bases, (ledgers, say)))
         entries += found
-        notes += _notes(name, found)
+        notes += [*_notes(name, found), *base_notes(name, [asked.path, *([asked.reference] if asked.reference else [])], bases)]
     evaluation = Evaluation(config.task, "pearson", tuple(entries), (), tuple(notes), ("expected_error",), aims=AIMS)
     return finish(evaluation, config, "Imputation of hidden genes, beside tuned baselines, and whether the model knows its errors")
 
@@ -87,11 +89,12 @@ class Round:
     query: AnnData
     reference: AnnData
     recipe: ImputationConfig
+    base: ModelFolder | None = None
 
     @cached_property
     def pipeline(self) -> SpatialImputationPipeline:
         """Ours, fitted without the hidden genes of the query."""
-        return SpatialImputationPipeline(config=self.recipe).fit(self.query, self.reference)
+        return SpatialImputationPipeline(self.base, self.recipe).fit(self.query, self.reference)
 
     @cached_property
     def scores(self) -> Mapping[str, Any]:
@@ -178,24 +181,33 @@ def _scaled(counts: NDArray[Any], totals: Table) -> Table:
     return scaled_log(np.asarray(counts, dtype=np.float64), totals, float(np.median(totals[totals > 0])))
 
 
-def _entries(config: ImputationProtocol, name: str, asked: ImputedData, to: tuple[Ledgers, Say]) -> Iterator[Entry]:
+def _entries(config: ImputationProtocol, name: str, bases: Mapping[str, ModelFolder], to: tuple[Ledgers, Say]) -> Iterator[Entry]:
     ledgers, say = to
+    asked = config.data[name]
     query, reference = opened(asked)
-    recipe = config.recipe.model_copy(update={"keys": asked.keys, "reference_keys": asked.reference_keys})
+    keys = {"keys": asked.keys, "reference_keys": asked.reference_keys}
+    recipe = config.recipe.model_copy(update=keys)
+    begun = (config.finetune or config.recipe).model_copy(update=keys)
     shared = shared_genes(query, reference, recipe)
     if len(shared) < 2 * config.gene_folds:
         raise DataError(f"{name}: query and reference share {len(shared)} genes, too few to hide them in {config.gene_folds} folds")
     files = [file_sha256(Path(path)) for path in (asked.path, asked.reference) if path is not None]
-    ledger = ledgers.of("impute", to_plain(recipe), files, [asked.strip_um, config.gene_folds])
+    places = [asked.strip_um, config.gene_folds]
+    ledger = ledgers.of("impute", to_plain(recipe), files, places)
+    others = {label: ledgers.of("impute", to_plain(begun), files, places, base.model_sha256) for label, base in bases.items()}
     for seed in config.seeds:
         for fold, hidden in enumerate(np.array_split(np.random.default_rng(seed).permutation(shared), config.gene_folds)):
-            one = Round(query, reference, recipe.model_copy(update={"genes": tuple(map(str, hidden)), "seed": recipe.seed + seed}))
-            methods: dict[Method, Callable[[], Found]] = {row: partial(one.row, key) for key, row in ROWS.items()}
-            methods |= {Method(WITHIN, "ceiling"): one.within, Method(CEILING, "ceiling"): one.ceiling}
+            told = {"genes": tuple(map(str, hidden)), "seed": recipe.seed + seed}
+            one = Round(query, reference, recipe.model_copy(update=told))
+            methods: dict[Method, tuple[Ledger, Callable[[], Found]]] = {row: (ledger, partial(one.row, key)) for key, row in ROWS.items()}
+            for label, base in bases.items():
+                other = Round(query, reference, begun.model_copy(update=told), base)
+                methods[Method(f"{MODEL_ROW} from {label}", "model")] = others[label], partial(other.row, "model")
+            methods |= {Method(WITHIN, "ceiling"): (ledger, one.within), Method(CEILING, "ceiling"): (ledger, one.ceiling)}
             place = Place(name, PROTOCOL, fold, seed)
-            for row, work in methods.items():
-                known = ledger.find(place, row.name) is not None
-                entry = ledger.measured(place, row, work, 1 / (config.gene_folds - 1))
+            for row, (own, work) in methods.items():
+                known = own.find(place, row.name) is not None
+                entry = own.measured(place, row, work, 1 / (config.gene_folds - 1))
                 if not known:
                     say(f"{name} fold {fold} seed {seed}: {row.name}  pearson {entry.metrics['pearson']:.3f}  {entry.seconds:.0f} s")
                 yield entry

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cellplane.artifact.folder import ModelFolder
 from cellplane.config import to_plain
 from cellplane.data.files import file_sha256
 from cellplane.data.sources import AnnData, column, read_h5ad
@@ -22,8 +24,8 @@ from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.perturbation_evaluation import cases_of
 from cellplane.pipelines.perturbation_scores import MEASURES, Case, summary
-from cellplane.pipelines.protocol import Entry, Evaluation, Found, Method, Place
-from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, check_protocol, finish, out_of, quiet
+from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place
+from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, base_notes, check_protocol, finish, open_bases, out_of, quiet
 from cellplane.pipelines.significance import bootstrap_interval
 from cellplane.pipelines.task_protocols import PerturbationProtocol, ScreenData
 
@@ -35,20 +37,22 @@ ROWS = {  # as `perturbation_evaluation` calls them -> as a table does
     "mean_of_others": Method("mean_of_others", "baseline"),
     "no_change": Method("no_change", "baseline"),
 }
+LEARNED = ("model", "network_alone")  # those that a base changes
 SHOWN = (*MEASURES, "discrimination", "of_ceiling")
 
 
 class Round:
     """One seed's split of a data set: everything is fitted when the first of its rows is asked for."""
 
-    def __init__(self, data: AnnData, asked: ScreenData, seed: int) -> None:
-        self.data, self.asked, self.seed = data, asked, seed
+    def __init__(self, data: AnnData, asked: ScreenData, seed: int, base: ModelFolder | None = None) -> None:
+        self.data, self.asked, self.seed, self.base = data, asked, seed, base
 
     @cached_property
     def cases(self) -> list[Case]:
         """Every perturbation as predicted by models that never saw it."""
-        recipe: PerturbationConfig = self.asked.recipe.model_copy(update={"seed": self.asked.recipe.seed + self.seed})
-        return list(cases_of(self.data, recipe, self.asked.leave_out))
+        recipe = recipe_of(self.asked, self.base)
+        seeded: PerturbationConfig = recipe.model_copy(update={"seed": recipe.seed + self.seed})
+        return list(cases_of(self.data, seeded, self.asked.leave_out, self.base))
 
     def row(self, name: str, apart: bool) -> Found:
         """The scores of a method over the perturbations of one table."""
@@ -71,6 +75,11 @@ class Round:
         return summary(mine, self.seed)
 
 
+def recipe_of(asked: ScreenData, base: ModelFolder | None) -> PerturbationConfig:
+    """How a network of this data set is fitted, from scratch or from a base."""
+    return asked.recipe if base is None or asked.finetune is None else asked.finetune
+
+
 def run_perturbation_protocol(config: PerturbationProtocol, say: Say = quiet) -> Finished:
     """Every data set, seed and method that the ledger does not know yet, and the report of all."""
     check_protocol(config)
@@ -78,29 +87,53 @@ def run_perturbation_protocol(config: PerturbationProtocol, say: Say = quiet) ->
     entries: list[Entry] = []
     notes: list[str] = []
     for name, asked in config.data.items():
-        found = _entries(name, asked, config.seeds, (ledgers, say))
+        bases = open_bases(config, name)
+        found = _entries(Screened(name, asked, bases), config.seeds, (ledgers, say))
         entries += found
-        notes += _notes(name, found)
+        notes += [*_notes(name, found), *base_notes(name, [asked.path], bases)]
     evaluation = Evaluation(config.task, "pearson", tuple(entries), (), tuple(notes), ("mse",), splits_differ=False)
     return finish(evaluation, config, "Perturbations that were never seen, beside what needs no network")
 
 
-def _entries(name: str, asked: ScreenData, seeds: Sequence[int], to: tuple[Ledgers, Say]) -> list[Entry]:
+@dataclass(frozen=True)
+class Screened:
+    """A data set of the protocol: what is asked of it, and the bases by name."""
+
+    name: str
+    asked: ScreenData
+    bases: Mapping[str, ModelFolder]
+
+    def ledgers(self, ledgers: Ledgers) -> dict[str, Ledger]:
+        """What is known of the rows from scratch ("") and of those from each base."""
+        plain = {key: value for key, value in to_plain(self.asked).items() if key not in ("path", "bases", "finetune")}
+        file = file_sha256(Path(self.asked.path))
+        found = {"": ledgers.of("perturb", plain, file)}
+        for label, base in self.bases.items():
+            recipe = to_plain(recipe_of(self.asked, base))
+            found[label] = ledgers.of("perturb", {**plain, "recipe": recipe}, file, base.model_sha256)
+        return found
+
+
+def _entries(screened: Screened, seeds: Sequence[int], to: tuple[Ledgers, Say]) -> list[Entry]:
     ledgers, say = to
-    plain = {key: value for key, value in to_plain(asked).items() if key != "path"}
-    ledger = ledgers.of("perturb", plain, file_sha256(Path(asked.path)))
+    name, asked, known_by = screened.name, screened.asked, screened.ledgers(ledgers)
     data = read_h5ad(Path(asked.path))
     if absent := sorted(set(asked.apart) - set(map(str, column(data, asked.recipe.perturbation_key)))):
         raise DataError(f"{name}: apart names {absent[0]}, which is not in obs[{asked.recipe.perturbation_key!r}]; name one that is there")
     entries = []
     for seed in seeds:
         one = Round(data, asked, seed)
+        begun = {label: Round(data, asked, seed, base) for label, base in screened.bases.items()}
         for apart in (False, True) if asked.apart else (False,):
             place = Place(name, f"{asked.leave_out.replace('_', ' ')} left out{', apart' * apart}", 0, seed)
-            methods = {row: partial(one.row, key, apart) for key, row in ROWS.items()}
-            for row, work in {**methods, Method(CEILING, "ceiling"): partial(one.ceiling, apart)}.items():
-                known = ledger.find(place, row.name) is not None
-                entry = ledger.measured(place, row, work)
+            methods = {row: ("", partial(one.row, key, apart)) for key, row in ROWS.items()}
+            for label, other in begun.items():
+                for key in LEARNED:
+                    row = ROWS[key]
+                    methods[Method(f"{row.name} from {label}", row.kind)] = label, partial(other.row, key, apart)
+            for row, (label, work) in {**methods, Method(CEILING, "ceiling"): ("", partial(one.ceiling, apart))}.items():
+                known = known_by[label].find(place, row.name) is not None
+                entry = known_by[label].measured(place, row, work)
                 entries.append(entry)
                 if not known:
                     say(f"{name} {place.protocol} seed {seed}: {row.name}  pearson {entry.metrics['pearson']:.3f}  {entry.seconds:.0f} s")

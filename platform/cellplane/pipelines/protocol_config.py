@@ -74,7 +74,7 @@ class Protocol(Config):
 
     def bases_for(self, dataset: str) -> dict[str, str]:
         """Base models by name for one data set, its own before those for all."""
-        own = self.data[dataset].bases if isinstance(self.data[dataset], EvaluatedData) else {}
+        own = self.data[dataset].bases
         return own | {name: source for name, source in self.bases.items() if name not in own}
 
 

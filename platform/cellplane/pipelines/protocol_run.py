@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,16 @@ def check_protocol(config: Protocol) -> None:
             resolve_model(source, config.tracking_uri, home() / "cache")
 
 
+def open_bases(config: Protocol, name: str) -> dict[str, ModelFolder]:
+    """The base models of a data set by name; raises what loading raises."""
+    return loaded(config.bases_for(name), config.tracking_uri)
+
+
+def loaded(bases: Mapping[str, str], uri: str | None) -> dict[str, ModelFolder]:
+    """Base models by name."""
+    return {label: load_model(resolve_model(source, uri, home() / "cache").path) for label, source in bases.items()}
+
+
 def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: str | None) -> Opened:
     """A data set with its base models. Raises DataError for a missing batch column or coordinates, and what loading raises."""
     path = Path(asked.path)
@@ -92,12 +102,11 @@ def open_data(name: str, asked: EvaluatedData, bases: Mapping[str, str], uri: st
         raise DataError(f"{name}: there is no obsm[{key!r}]; name the entry of the coordinates with -o data.{name}.keys.spatial_key=...")
     if asked.keys.batch_key is not None:
         column(cells, asked.keys.batch_key)
-    loaded = {label: load_model(resolve_model(source, uri, home() / "cache").path) for label, source in bases.items()}
     plain = {key: value for key, value in to_plain(asked).items() if key not in ("path", "bases", "most_splits")}
     if plain.get("optimizer") is None:
         plain.pop("optimizer", None)  # came later: what was measured without stays known
     identity = hashlib.sha256(json.dumps([plain, file_sha256(path)], sort_keys=True).encode()).hexdigest()
-    return Opened(cells, loaded, identity)
+    return Opened(cells, loaded(bases, uri), identity)
 
 
 def seen(base: ModelFolder, path: Path) -> bool | None:
@@ -106,14 +115,19 @@ def seen(base: ModelFolder, path: Path) -> bool | None:
     return None if known is None else source_sha256(path, False)[:SOURCE_DIGITS] in known.split()
 
 
-def base_notes(name: str, asked: EvaluatedData, bases: Mapping[str, ModelFolder]) -> list[str]:
-    """One line for each base: whether it had seen the cells; such a row is no zero-shot row."""
+def base_notes(name: str, files: Sequence[str], bases: Mapping[str, ModelFolder]) -> list[str]:
+    """One line for each base: whether it had seen cells of these files; such a row is no zero-shot row."""
     words = {
         True: "SEEN IN PRE-TRAINING: self-supervised on the same cells, not zero-shot",
         False: "not among the files it was pre-trained on",
         None: "the model does not say which files it was pre-trained on",
     }
-    return [f"{name}, base {label} ({base.model_sha256[:12]}): {words[seen(base, Path(asked.path))]}" for label, base in bases.items()]
+    lines = []
+    for label, base in bases.items():
+        found = {seen(base, Path(file)) for file in files}
+        worst = next(answer for answer in (True, None, False) if answer in found)
+        lines.append(f"{name}, base {label} ({base.model_sha256[:12]}): {words[worst]}")
+    return lines
 
 
 def finish(evaluation: Evaluation, config: Protocol, title: str) -> Finished:

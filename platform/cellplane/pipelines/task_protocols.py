@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cellplane.config import Config
 from cellplane.data.config import DataKeys
@@ -13,7 +13,6 @@ from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.protocol_config import Protocol
 
-NO_BASES = "this protocol fits from scratch and takes no bases; leave them out"
 STRIP_UM = 50.0  # between the halves of one tissue (PROTOCOLS 6)
 
 
@@ -24,12 +23,8 @@ class DenoisingProtocol(Protocol):
     """What is scored."""
     recipe: DenoisingConfig = DenoisingConfig()
     """Ours, fitted anew to the thinned cells for every seed; its seed and keys are filled in."""
-
-    @model_validator(mode="after")
-    def _from_scratch(self) -> Self:
-        if self.bases or any(asked.bases for asked in self.data.values()):
-            raise ValueError(f"{NO_BASES}, and score a base model with: cellplane evaluate denoise --model BASE --refit")
-        return self
+    finetune: DenoisingConfig | None = None
+    """From a base, which brings its own network; None: as the recipe. The base must know every gene, or new_genes be add."""
 
 
 class ImputedData(Config):
@@ -45,6 +40,8 @@ class ImputedData(Config):
     """Where the counts of the reference lie."""
     strip_um: float = Field(STRIP_UM, ge=0)
     """Width of the strip between the halves whose cells are left out, in units of the coordinates."""
+    bases: dict[str, str] = {}
+    """Base models for this data set alone, {name: model folder or models:/NAME@ALIAS}; they must not have seen either file."""
 
 
 class ImputationProtocol(Protocol):
@@ -58,12 +55,8 @@ class ImputationProtocol(Protocol):
     """Parts of the shared genes, each hidden from the query once a seed."""
     recipe: ImputationConfig = ImputationConfig()
     """Ours; its keys, genes and seed are filled in."""
-
-    @model_validator(mode="after")
-    def _from_scratch(self) -> Self:
-        if self.bases:
-            raise ValueError(NO_BASES)
-        return self
+    finetune: ImputationConfig | None = None
+    """From a base, which brings its own network; None: as the recipe."""
 
 
 class ScreenData(Config):
@@ -77,6 +70,10 @@ class ScreenData(Config):
     """Perturbations that are told in a table of their own, such as enhancers, which are no genes."""
     recipe: PerturbationConfig = PerturbationConfig()
     """Ours, with the keys of this data set; its seed is filled in."""
+    finetune: PerturbationConfig | None = None
+    """From a base, which brings its own embedder and encoder; None: as the recipe."""
+    bases: dict[str, str] = {}
+    """Base models for this data set alone, {name: model folder or models:/NAME@ALIAS}; they must not have seen it."""
 
 
 class PerturbationProtocol(Protocol):
@@ -86,9 +83,3 @@ class PerturbationProtocol(Protocol):
     """What is scored."""
     data: dict[str, ScreenData] = {}  # type: ignore[assignment]
     """Data sets by name."""
-
-    @model_validator(mode="after")
-    def _from_scratch(self) -> Self:
-        if self.bases:
-            raise ValueError(NO_BASES)
-        return self
