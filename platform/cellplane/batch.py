@@ -12,7 +12,9 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ from cellplane.data.manifest import parse_vocabulary
 from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad, write_h5ad
 from cellplane.data.stored import DiskRows, Stored, check_answerable, store_cells
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
+from cellplane.genes import GeneVocabulary
 from cellplane.inference import (
     LABELS_DERIVED,
     TASKS,
@@ -226,40 +229,67 @@ def predict_file(task: str, model: Path, keys: DataKeys, paths: tuple[Path, Path
     Raises what reading the cells raises, naming the file where it is at fault, and StorageError when the disk is full.
     """
     source, target = paths
-    predictor = Predictor.load(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     check_h5ad(source)
     if not takes_answers(source):
         return _predict_whole(task, model, keys, paths, context)
+    with _loading(model) as coming:
+        return _predict_parts(task, coming, keys, paths, context)
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A model that is being read and verified: its genes at once, itself as soon as it is there."""
+
+    vocabulary: GeneVocabulary
+    predictor: Callable[[], Predictor]
+
+
+@contextmanager
+def _loading(model: Path) -> Iterator[_Coming]:
+    """A model, read beside what the block does until it asks for it; raises what `Predictor.load` raises when it does."""
+    with ThreadPoolExecutor(1) as thread:
+        loaded = thread.submit(Predictor.load, model)
+        try:
+            vocabulary = parse_vocabulary(model)
+        except (CellplaneError, OSError):
+            loaded.result()  # says better what is wrong with the folder
+            raise
+        yield _Coming(vocabulary, loaded.result)
+
+
+def _predict_parts(task: str, coming: _Coming, keys: DataKeys, paths: tuple[Path, Path], context: Context) -> int:
+    """The same for a file whose cells can be read a part at a time."""
+    source, target = paths
     with CellReader(source) as reader:
         keys = known_keys(keys, reader.obs_columns, reader.obsm_keys)
         names = reader.cell_names(0, reader.n_cells) if is_table(target) else np.zeros(0, dtype=object)
         genes = reader.gene_names if is_table(target) else []
     asked, (place, name) = (source, keys, context), ANSWERS[task]
     if is_table(target):
-        found, stored = _answer(task, predictor, asked, target.parent)
+        found, stored = _answer(task, coming, asked, target.parent)
         about = {
-            RECORD: _record(predictor, stored, found),
+            RECORD: _record(coming.predictor(), stored, found),
             PLACE: _place(task),
-            NAMES: list(genes if place == "layers" else predictor.classes),
+            NAMES: list(genes if place == "layers" else coming.predictor().classes),
         }
         write_answers(target, names, _columns(found, stored), (name, found.rows), about)
         return stored.table.n_cells
     with answered_copy(source, target) as answers:
-        found, stored = _answer(task, predictor, asked, target.parent)
+        found, stored = _answer(task, coming, asked, target.parent)
         for column, values in _columns(found, stored).items():
             answers.column(column, values)
         answers.matrix(place, name, found.rows)
-        answers.note("cellplm", _record(predictor, stored, found))
+        answers.note("cellplm", _record(coming.predictor(), stored, found))
     return stored.table.n_cells
 
 
-def _answer(task: str, predictor: Predictor, asked: tuple[Path, DataKeys, Context], scratch: Path) -> tuple[_Found, Stored]:
+def _answer(task: str, coming: _Coming, asked: tuple[Path, DataKeys, Context], scratch: Path) -> tuple[_Found, Stored]:
     """What a model says of a file's cells, and the cells as they were read."""
     source, keys, context = asked
-    stored = store_cells(source, predictor.vocabulary, keys, scratch)
+    stored = store_cells(source, coming.vocabulary, keys, scratch)
     fault("cells_read")
-    return ANSWER[task](predictor, stored, context, scratch), stored
+    return ANSWER[task](coming.predictor(), stored, context, scratch), stored
 
 
 def _columns(found: _Found, stored: Stored) -> dict[str, Any]:
