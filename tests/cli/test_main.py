@@ -207,6 +207,13 @@ def test_a_job_takes_the_options_of_its_verb(run, name):
     assert options(done.stdout) == options(run(*JOBS[name], "--help").out)
 
 
+@pytest.mark.parametrize(("name", "task"), [("finetune", "denoise"), ("evaluate", "impute"), ("predict", "perturb")])
+def test_a_job_takes_another_task_by_its_name(run, name, task):
+    command = [sys.executable, "-m", f"jobs.{name}", task, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert options(done.stdout) == options(run(name, task, "--help").out)
+
+
 def test_a_job_ends_with_the_code_of_its_verb(tmp_path):
     command = [sys.executable, "-m", "jobs.finetune", "--data", str(tmp_path / "nowhere.h5ad")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

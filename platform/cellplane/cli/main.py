@@ -129,8 +129,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
-def run_job(verb: Callable[..., None]) -> None:
-    """Entry point of `python -m jobs.NAME`: the same function, options and exit codes as the verb of the command line."""
+def run_job(verb: Callable[..., None], tasks: typer.Typer | None = None) -> None:
+    """Entry point of `python -m jobs.NAME`: the same function, options and exit codes as the verb of the command line.
+
+    The first word may name another of ``tasks``: `python -m jobs.finetune denoise ...`.
+    """
+    if tasks is not None and {*sys.argv[1:2]} & {command.name for command in tasks.registered_commands}:
+        sys.exit(main(sys.argv[1:], tasks))
     job = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     job.command()(verb)
     sys.exit(main(None, job))
