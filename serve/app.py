@@ -28,6 +28,7 @@ from starlette.types import ASGIApp
 
 from cellplane.client import Client
 from cellplane.errors import CellplaneError, ConfigError, PortInUseError, ServiceError
+from cellplane.tracking.registry import registered
 from cellplane.tracking.runs import resolve_uri
 
 from .deployment import ServeConfig
@@ -211,6 +212,7 @@ def undeploy(name: str | None = None) -> None:
 def _absolute(config: ServeConfig) -> ServeConfig:
     """The configuration as it means the same in another process: the tracker's address, the folder's full path."""
     if config.model.startswith(REGISTERED):
+        registered(config.model)
         return config.model_copy(update={"tracking_uri": resolve_uri(config.tracking_uri)})
     return config.model_copy(update={"model": str(Path(config.model).absolute())})
 
@@ -231,7 +233,8 @@ def _with_port(config: ServeConfig, running: bool) -> ServeConfig:
     if running:
         with closing(_socket_for(config)) as probe:
             if config.port == 0 or probe.connect_ex((config.host, config.port)) != 0:
-                raise ServiceError("Serve already runs on this cluster at another address; name that port, or undeploy first")
+                elsewhere = "Serve already runs on this cluster at another address, which `cellplane status` shows"
+                raise ServiceError(f"{elsewhere}; name its port, or end it: cellplane serve --stop")
         return config
     with closing(_socket_for(config)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

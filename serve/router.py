@@ -132,7 +132,7 @@ class Router:
             label = version.label
             self._rollouts.put(config.name, version, alias, lambda: self._still_wanted(config, alias, version.label))
         except CellplaneError as error:
-            if label:
+            if label and not isinstance(error, ConfigError):  # a version that the registry does not have is no part of the model
                 self._rollouts.refuse(config.name, label, str(error))
             self._tag(config, address, f"failed: {error}")
             if not isinstance(error, ServiceError):
@@ -166,8 +166,9 @@ class Router:
             return {CHAMPION: config.model}
         numbers = _wanted_numbers(config, aliases_of(name, config.tracking_uri))
         if not numbers:
-            hint = f"set it: cellplane models promote {name} VERSION" if alias == CHAMPION else "set it in MLflow"
-            raise ConfigError(f"model {name!r} has no alias {alias!r}; {hint}")
+            have = ", ".join(sorted(aliases_of(name, config.tracking_uri))) or "none"
+            hint = f"set it: cellplane models promote {name} VERSION" if alias == CHAMPION else "name one of them, or set it in MLflow"
+            raise ConfigError(f"model {name!r} has no alias {alias!r}, its aliases: {have}; {hint}")
         return _addresses(name, numbers)
 
     def _version(self, config: ServeConfig, model: str) -> Version:

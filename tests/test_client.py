@@ -231,6 +231,18 @@ def test_a_refusal_is_not_tried_again(client: Client, endpoint: Endpoint, status
     assert (caught.value.status, len(endpoint.requests)) == (status, 1)
 
 
+def test_another_web_server_is_called_one(client: Client, endpoint: Endpoint) -> None:
+    endpoint.script = [(404, {"Content-Type": "text/html"})] * 4
+    with pytest.raises(ServiceError, match="something else than cellplane"):
+        client.models()
+
+
+def test_keys_may_be_given_by_their_entries(client: Client) -> None:
+    assert client_module._read_keys({"batch_key": "donor"}) == DataKeys(batch_key="donor")
+    with pytest.raises(ConfigError, match="batch_key"):
+        client_module._read_keys({"batch_keys": "donor"})
+
+
 def test_nobody_listening_is_a_service_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.0)
     with socket.socket() as unused:

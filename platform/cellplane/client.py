@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cellplane.config import validate
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, cell_table, query_keys
 from cellplane.errors import ConfigError, ServiceError
@@ -46,6 +47,8 @@ RETRIED = (429, 500, 502, 503)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+FOREIGN = (403, 404, 405, 501)  # what another web server says, as a page, of paths that it does not know
+Keys = DataKeys | Mapping[str, Any]  # where counts and columns lie
 Options = Mapping[str, str | int | float | bool]  # parameters of a task, as docs/serving.md lists them
 Progress = Callable[[int, int], None]  # (done, in all; 0: nobody knows)
 
@@ -130,7 +133,7 @@ class Client:
         self,
         adata: AnnData,
         model: str,
-        keys: DataKeys | None = None,
+        keys: Keys | None = None,
         options: Options | None = None,
         progress: Progress = quiet,
     ) -> ServedAnnotation:
@@ -145,7 +148,7 @@ class Client:
         return write_served_annotation(adata, columns, about, asked.cells.table)
 
     def embed(
-        self, adata: AnnData, model: str, keys: DataKeys | None = None, options: Options | None = None, progress: Progress = quiet
+        self, adata: AnnData, model: str, keys: Keys | None = None, options: Options | None = None, progress: Progress = quiet
     ) -> NDArray[np.float32]:
         """The embedding of every cell, [n, Z]; also written to obsm X_cellplm, with uns cellplm and obs cellplm_flag."""
         asked = self._asked(adata, model, keys, options)
@@ -156,7 +159,7 @@ class Client:
         return embedding
 
     def denoise(
-        self, adata: AnnData, model: str, keys: DataKeys | None = None, options: Options | None = None, progress: Progress = quiet
+        self, adata: AnnData, model: str, keys: Keys | None = None, options: Options | None = None, progress: Progress = quiet
     ) -> NDArray[np.float32]:
         """Rates per 10,000, [n, n_vars], also written to layers cellplm_denoised: see `served.write_served_rates`."""
         asked = self._asked(adata, model, keys, options)
@@ -164,13 +167,13 @@ class Client:
         if batch is not None and known.issuperset(map(str, batch)):  # else all cells are decoded alike, as offline
             asked = replace(asked, cells=replace(asked.cells, names_batch=True))
         columns, about = self._ask(asked, "denoise", progress)
-        return write_served_rates(adata, columns, about, asked.cells, keys or DataKeys())
+        return write_served_rates(adata, columns, about, asked.cells, _read_keys(keys) or DataKeys())
 
     def impute(
         self,
         adata: AnnData,
         model: str,
-        keys: DataKeys | None = None,
+        keys: Keys | None = None,
         options: Options | None = None,
         progress: Progress = quiet,
         reference: AnnData | None = None,
@@ -192,7 +195,7 @@ class Client:
         adata: AnnData,
         model: str,
         perturbations: Sequence[str] | None = None,
-        keys: DataKeys | None = None,
+        keys: Keys | None = None,
         options: Options | None = None,
         progress: Progress = quiet,
     ) -> AnnData:
@@ -213,9 +216,9 @@ class Client:
             progress(len(answers), 0)
         return served_perturbation(answers, asked.cells, bool((options or {}).get("by_group")))
 
-    def _asked(self, adata: AnnData, model: str, keys: DataKeys | None, options: Options | None) -> _Asked:
+    def _asked(self, adata: AnnData, model: str, keys: Keys | None, options: Options | None) -> _Asked:
         """The cells as the model's task reads them."""
-        served = self.model(model)
+        served, keys = self.model(model), _read_keys(keys)
         vocabulary = self._vocabulary(model, served["vocabulary_fingerprint"])
         given = dict(options or {})
         context = str(given.pop("context", "own"))
@@ -306,6 +309,11 @@ class Client:
         return ServiceError(f"nothing answers at {self.url} ({type(error).__name__}); is the endpoint up? start one with `cellplane serve`")
 
 
+def _read_keys(keys: Keys | None) -> DataKeys | None:
+    """Where counts and columns lie, given as DataKeys or as their entries; ConfigError for others."""
+    return keys if keys is None or isinstance(keys, DataKeys) else validate(DataKeys, dict(keys), "keys")
+
+
 def _may_pass(response: httpx.Response) -> bool:
     """Whether asking again may help; a proxy that was just replaced knows no paths yet, and says so in plain text."""
     nobody_there = response.status_code == 404 and not response.headers.get("content-type", "").startswith("application/json")
@@ -318,6 +326,9 @@ def _accepted(response: httpx.Response) -> httpx.Response:
     try:
         said = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
+        if response.status_code in FOREIGN and "html" in response.headers.get("content-type", ""):
+            told = f"{response.url} is a web page ({response.status_code}): something else than cellplane answers there"
+            raise ServiceError(told, response.status_code) from None
         said = response.text[:200] or response.reason_phrase
     raise ServiceError(f"the endpoint answered {response.status_code}: {said}", response.status_code)
 

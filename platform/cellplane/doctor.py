@@ -157,7 +157,7 @@ def _ports() -> list[Check]:
     for option in ("mlflow_port", "dashboard_port", "serve_port"):
         port = getattr(config, option)
         busy = listens(config.host, port)
-        fix = f"end it, or choose another: -o {option}=0 takes a free one"
+        fix = f"end it if it is yours, or: cellplane up -o {option}=0 takes a free one"
         checks.append(_check(f"port {port}", not busy, f"used by {listener(port)}" if busy else "free", fix))
     return checks
 

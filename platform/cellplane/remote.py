@@ -36,6 +36,10 @@ class Remote:
     options: Options | None = None
     perturbations: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.model.startswith("models:"):
+            raise ConfigError(f"an endpoint knows its models by the names they are served by: --model NAME and not {self.model}")
+
 
 def predict_remote(remote: Remote, inputs: Sequence[Path], out: Path, progress: Progress = quiet) -> PredictReport:
     """Asks about every input; one h5ad of the same name in ``out`` for each. The key is taken from $CELLPLANE_API_KEY.

@@ -99,6 +99,17 @@ def test_adding_a_file_writes_its_shards_and_no_other(cells, h5ad, tmp_path):
     assert read_manifest(tmp_path / "shards").label_names[-1] == "type_4"
 
 
+def test_inputs_that_leave_out_what_the_folder_holds_are_refused_and_nothing_is_lost(cells, h5ad, tmp_path):
+    run(config_for(tmp_path, h5ad))
+    before = contents(tmp_path / "shards")
+    write_h5ad(cells[:20].copy(), tmp_path / "more.h5ad")
+    with pytest.raises(ConfigError, match=r"would lose cells, .*replace=true"):
+        run(config_for(tmp_path, tmp_path / "more.h5ad"))
+    assert contents(tmp_path / "shards") == before
+    assert run(config_for(tmp_path, tmp_path / "more.h5ad", replace=True)).cells == 20
+    assert [dataset.name for dataset in read_manifest(tmp_path / "shards").datasets] == ["more"]
+
+
 def test_another_setting_replaces_the_shards(h5ad, tmp_path):
     run(config_for(tmp_path, h5ad))
     before = contents(tmp_path / "shards")
@@ -144,7 +155,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_folder_as_it_was(cells, h
     run(config_for(tmp_path, h5ad))
     before = contents(tmp_path / "shards")
     write_h5ad(simulate(SimulateConfig(n_cells=500, n_genes=100)), tmp_path / "big.h5ad")
-    config = config_for(tmp_path, tmp_path / "big.h5ad", max_cells=500, shard_bytes=10**6)
+    config = config_for(tmp_path, tmp_path / "big.h5ad", max_cells=500, shard_bytes=10**6, replace=True)
     done = in_child(config, "30000")
     assert done.stdout.startswith("StorageError no room to write"), done.stderr
     assert "bytes free" in done.stdout

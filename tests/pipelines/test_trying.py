@@ -224,6 +224,17 @@ def test_samples_are_hidden_whole_where_they_are_named(place):
     assert all(not set(batches[split.test]) & set(batches[split.train]) for split in study.splits)
 
 
+def test_a_sample_column_with_a_single_sample_is_told(place, tmp_path):
+    def alike(cells: Any) -> Any:
+        cells.obs["batch"] = "one"
+        return cells
+
+    recipe = {**ANNOTATE, "keys": {"labels_key": "cell_type", "batch_key": "batch"}}
+    study = try_annotation.read_study(annotation(place, data=spoilt(place, tmp_path, alike), recipe=recipe))
+    assert any("names a single sample" in note for note in study.notes)
+    assert not any("--batch-key" in note for note in study.notes)
+
+
 def test_with_a_reference_all_labels_are_hidden(place, tmp_path):
     config = annotation(place, reference=str(place / "reference.h5ad"), out=str(tmp_path))
     study = try_annotation.read_study(config)

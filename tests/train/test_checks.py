@@ -137,6 +137,16 @@ def test_there_must_be_something_to_go_on_from(run_config, cellplane_home):
         resumed_config("s", None, [])
 
 
+def test_a_fine_tuning_is_not_resumed_as_a_pre_training(run_config, cellplane_home):
+    folder = RunFolder.of("tuned")
+    folder.path.mkdir(parents=True)
+    folder.config.write_text("kind: finetune\ntask: annotate\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"no pre-training .*cellplane finetune"):
+        resumed_config("tuned", None, [])
+    with pytest.raises(CheckpointError, match="holds none"):
+        resumed_config("other", None, [])
+
+
 BAD = [
     (["-o", "workers.count=4"], 2, "micro-batches"),
     (["-o", "workers.min=3", "-o", "workers.max=2"], 2, "min = 3 workers is more than max = 2"),

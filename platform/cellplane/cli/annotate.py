@@ -14,7 +14,7 @@ def annotate(
     folder: Annotated[Path | None, typer.Argument(help="Folder whose h5ad files are annotated; they are never changed.")] = None,
     reference: Annotated[Path | None, typer.Option("--reference", help="h5ad of labelled cells to learn from.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the annotated copies and the report.")] = None,
-    labels_key: Annotated[str | None, typer.Option(help="obs column of the reference's labels.")] = None,
+    labels_key: Annotated[str | None, typer.Option(help="obs column of the reference's labels (cell_type).")] = None,
     batch_key: Annotated[str | None, typer.Option(help="obs column of the files' samples, for the report.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Base model to fine-tune: folder or models:/NAME@ALIAS.")] = None,
     config: ConfigOption = "folder",

@@ -98,6 +98,8 @@ def progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, float]], N
 
         def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
             note = "  ".join(f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in ("train/loss", "val/macro_f1") if key in metrics)
+            if done >= total:
+                note += "  steps done; scores, of tuned baselines too, and files follow"
             bar.update(task, completed=done, total=total, note=note)
 
         yield show

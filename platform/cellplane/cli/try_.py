@@ -24,7 +24,7 @@ BatchKey = Annotated[str | None, typer.Option(help="obs column of the sample or 
 def try_annotate(
     file: File = None,
     reference: Annotated[Path | None, typer.Option("--reference", help="Labelled h5ad to learn from instead of the file's labels.")] = None,
-    labels_key: Annotated[str | None, typer.Option(help="obs column of the cell types.")] = None,
+    labels_key: Annotated[str | None, typer.Option(help="obs column of the cell types (cell_type).")] = None,
     batch_key: BatchKey = None,
     model: Model = None,
     auto: Auto = False,

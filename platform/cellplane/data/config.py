@@ -52,6 +52,8 @@ class ConvertConfig(Config):
     """Cells of a sample: shuffled (with positions: along a space-filling curve), or as they stand in the file."""
     fov_key: str | None = None
     """obs column of the field of view: no sentence crosses one."""
+    replace: bool = False
+    """True: data sets that the folder holds and the inputs do not name are dropped from it; else they are named and nothing is done."""
     full_hash: bool = False
     """Hash every byte of the sources; false samples those above 256 MiB, which notices nearly every change."""
     max_cells: Annotated[int, Field(ge=1)] = 2048

@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from cellplane.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from cellplane.data.planning import SHARD_NAME, TABLE_NAME, Plan, make_plan
+from cellplane.data.planning import SHARD_NAME, TABLE_NAME, Plan, make_plan, ordered_inputs
 from cellplane.data.remote import is_url, send_shards, shard_folder
 from cellplane.data.tasks import ShardTask, TableTask, Task, safe_name, task_json
 from cellplane.data.work import descriptor, write_row
@@ -108,6 +108,7 @@ def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[
     started = time.perf_counter()
     out = Path(config.out).absolute()
     with leaves_nothing(out, lambda: _has_begun(out)), _locked(out):
+        _refuse_dropping(config, out)
         known = _keep_descriptors(out)
         real: frozenset[str] = frozenset()
         while True:
@@ -125,6 +126,22 @@ def convert_with(config: ConvertConfig, run: Callable[[Sequence[str]], Iterable[
     reused = sum(shard.reused for shard in shards)
     progress(f"{len(shards) - reused} new, {reused} reused")
     return _report(out, manifest, len(shards) - reused, time.perf_counter() - started)
+
+
+def _refuse_dropping(config: ConvertConfig, out: Path) -> None:
+    """ConfigError when the folder holds data sets that the inputs do not name, which they would replace."""
+    if config.replace or not (out / MANIFEST).is_file():
+        return
+    held: tuple[DatasetEntry, ...] = ()
+    with suppress(DataError):  # a manifest that is not usable is said and replaced later
+        held = read_manifest(out).datasets
+    named = {name for name, _ in ordered_inputs(config)}
+    if dropped := [dataset.name for dataset in held if dataset.name not in named]:
+        listed = ", ".join(dropped[:5]) + " ..." * (len(dropped) > 5)
+        raise ConfigError(
+            f"{config.out} would lose {listed}, which it holds and the inputs do not name: name all files that it is to hold, "
+            "or another folder; -o replace=true drops what is not named"
+        )
 
 
 def _has_begun(out: Path) -> bool:

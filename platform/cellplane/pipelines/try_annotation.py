@@ -105,6 +105,8 @@ def read_study(config: TryAnnotation) -> Study:
     if not splits:
         raise DataError(f"{config.data}: leaving out any sample leaves one type to learn from; hide single cells: -o split=random")
     notes.append(TOLD[protocol])
+    if protocol == "random" and (sample := config.recipe.keys.batch_key) is not None and len(set(column(cells, sample))) < 2:
+        notes[-1] = f"obs[{sample!r}] names a single sample, so single cells were hidden: this tells how other cells of it would be named."
     if protocol == "batch" and (more := len(set(column(cells, str(config.recipe.keys.batch_key)))) - len(splits)):
         notes.append(f"{more} samples were not hidden: without any of them a single type is left to learn from.")
     return Study(asked, asked, kept, kept, splits, tuple(notes))

@@ -50,7 +50,8 @@ class Verdict:
         if self.champion is not None and self.value < self.champion - self.tolerance:
             return f"{found}, the champion has {self.champion:.4f} ({self.tolerance:g} less is allowed)"
         if self.baseline is not None and self.value < self.baseline:
-            return f"{found}, a plain baseline has {self.baseline:.4f}"
+            advice = "more steps, a base model or `cellplane tune` may help, and `cellplane try` tells how sure a difference is"
+            return f"{found}, a plain baseline has {self.baseline:.4f}; {advice}"
         return None
 
 

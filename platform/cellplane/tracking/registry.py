@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cellplane.config import home
 from cellplane.errors import ConfigError, IntegrityError, StorageError
 from cellplane.tracking.runs import connect, resolve_uri, tag_key, tracker_errors
 
@@ -172,10 +173,7 @@ def resolve_model(uri: str | Path, tracking_uri: str | None, cache: Path) -> Res
     text = str(uri)
     if not text.startswith("models:"):
         return _plain_folder(Path(uri))
-    match = re.fullmatch(rf"models:/({NAME})(?:@({NAME})|/([1-9]\d{{0,8}}))", text)
-    if match is None:
-        raise ConfigError(f"model {text[:200]!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, alias, number = match.groups()
+    name, alias, number = registered(text)
     address, client = _open(name, tracking_uri)
     with tracker_errors(address):
         version = int(number) if number else _version_by_alias(client, name, alias)
@@ -187,10 +185,21 @@ def resolve_model(uri: str | Path, tracking_uri: str | None, cache: Path) -> Res
     return ResolvedModel(target, name, version, found.run_id or None)
 
 
+def registered(text: str) -> tuple[str, str, str]:
+    """Name, alias and version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, one of them empty; ConfigError for another form."""
+    match = re.fullmatch(rf"models:/({NAME})(?:@({NAME})|/([1-9]\d{{0,8}}))", text)
+    if match is None:
+        raise ConfigError(f"model {text[:200]!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
+    return match[1], match[2] or "", match[3] or ""
+
+
 def _plain_folder(path: Path) -> ResolvedModel:
     if not path.is_dir():
-        registered = f"models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/{path.name}@champion"
-        raise ConfigError(f"no model folder at {path}; give a folder, or a registered model: {registered}")
+        example = f"models:/NAME@ALIAS or models:/NAME/VERSION, e.g. models:/{path.name}@champion"
+        elsewhere = home().joinpath(*path.parts[1:]) if path.parts[:1] == (".cellplane",) else path
+        if elsewhere.is_dir():
+            raise ConfigError(f"no model folder at {path}: $CELLPLANE_HOME is {home()}, name {elsewhere}")
+        raise ConfigError(f"no model folder at {path}; give a folder, or a registered model: {example}")
     inside, manifest = path / "model", "manifest.json"
     if (inside / manifest).is_file() and not (path / manifest).exists():
         raise ConfigError(f"{path} is the folder of a run and not a model; its model lies in it: name {inside}")

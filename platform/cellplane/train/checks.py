@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
-from cellplane.config import load_config
+from cellplane.config import load_config, read_yaml
 from cellplane.data.remote import fetch_shards, shard_folder
 from cellplane.data.shards import Manifest, read_manifest
 from cellplane.errors import CheckpointError, ConfigError, DataError, VocabularyError
@@ -94,12 +95,23 @@ def resumed_config(run: str, config: str | None, overrides: list[str]) -> Pretra
     """
     folder = RunFolder.of(run)
     if config is None and not folder.config.is_file():
-        known = sorted(path.name for path in folder.path.parent.glob("*") if (path / "config.yaml").is_file())
+        known = sorted(path.name for path in folder.path.parent.glob("*") if _kind(path / "config.yaml") == "pretrain")
         there = f"there are {', '.join(known[:5])}" if known else f"{folder.path.parent} holds none"
         raise CheckpointError(
             f"there is nothing to resume: no run {run!r} with a stored configuration; {there}, or name its file with --config"
         )
+    if config is None and (kind := _kind(folder.config)) != "pretrain":
+        again = f"run `cellplane {kind}` with its --resume" if kind == "finetune" else "run the command that began it"
+        raise CheckpointError(f"run {run!r} is no pre-training ({kind}); {again}")
     loaded = load_config(PretrainConfig, config or folder.config, "pretrain", overrides)
     if not checkpoints_of(folder.path, loaded.checkpoint).steps():
         raise CheckpointError(f"there is nothing to resume: run {run!r} has no checkpoint yet; start it without --resume")
     return loaded
+
+
+def _kind(config: Path) -> str:
+    """What a stored configuration configures; empty when there is none."""
+    try:
+        return str(read_yaml(config).get("kind", ""))
+    except ConfigError:
+        return ""
