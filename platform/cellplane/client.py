@@ -323,12 +323,12 @@ def _may_pass(response: httpx.Response) -> bool:
 def _accepted(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
+    if response.status_code in FOREIGN and "html" in response.headers.get("content-type", ""):
+        told = f"{response.url} is a web page ({response.status_code}): something else than cellplane answers there"
+        raise ServiceError(told, response.status_code)
     try:
         said = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
-        if response.status_code in FOREIGN and "html" in response.headers.get("content-type", ""):
-            told = f"{response.url} is a web page ({response.status_code}): something else than cellplane answers there"
-            raise ServiceError(told, response.status_code) from None
         said = response.text[:200] or response.reason_phrase
     raise ServiceError(f"the endpoint answered {response.status_code}: {said}", response.status_code)
 
