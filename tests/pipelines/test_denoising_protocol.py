@@ -60,7 +60,11 @@ def test_averages_are_told_as_too_smooth_and_raw_counts_as_too_noisy(table, trut
     assert splitting_scores(said(blurred), kept, rest)["variance_ratio"] == pytest.approx(0.25, abs=0.05)
     assert splitting_scores(said(blurred), kept, rest)["coexpression_slope"] > 2
     assert splitting_scores(own_counts(kept), kept, rest)["variance_ratio"] > 1.1
-    assert splitting_scores(gene_frequency(kept), kept, rest)["variance_ratio"] == pytest.approx(0, abs=1e-6)
+    alike = splitting_scores(gene_frequency(kept), kept, rest)
+    assert alike["variance_ratio"] == pytest.approx(0, abs=1e-6)
+    assert np.isnan(alike["coexpression_slope"])
+    rounded = np.full((CELLS, GENES), 1 / GENES) * np.linspace(1, 1 + 1e-14, CELLS)[:, None]
+    assert np.isnan(splitting_scores(said(rounded), kept, rest)["coexpression_slope"])
 
 
 def test_invented_co_expression_lowers_the_slope(table, truth):

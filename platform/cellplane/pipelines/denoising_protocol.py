@@ -50,6 +50,7 @@ MASKING, SPLITTING = "masking", "splitting"
 NETWORK_ROW = "cellplm without neighbours"
 CONTROLS = ("nonzero_mean", "own_counts")  # what masking rewards, and what splitting punishes
 COMPARED_GENES = 200  # the most counted ones, of which held-out counts say how much cells differ
+NO_COVARIANCE = 1e-12  # squared, of all pairs: rounding is what is left of answers alike for all cells
 PER = 1000.0  # entries: nats of single ones differ in the fourth digit
 METRICS = {MASKING: "mask_pearson", SPLITTING: "nats_per_1000"}
 ERRORS = ("nats_per_1000", "mask_rmse", "mask_mae")
@@ -123,7 +124,7 @@ def smoothness(shares_CM: NDArray[np.float64], kept: CellTable, rest: CellTable,
     size = float((told[pairs] ** 2).sum())
     return {
         "variance_ratio": float(np.trace(told)) / real if real > 0 else float("nan"),
-        "coexpression_slope": float((told[pairs] * held[pairs]).sum()) / size if size > 0 else float("nan"),
+        "coexpression_slope": float((told[pairs] * held[pairs]).sum()) / size if size > NO_COVARIANCE else float("nan"),
     }
 
 
