@@ -189,8 +189,7 @@ def _finetune(demo: Demo) -> None:
     assert demo.pretrained is not None
     options = {"data": str(demo.train), "test": str(demo.test), "base_model": str(demo.pretrained.model), "register_as": NAME}
     changes = [f"{key}={json.dumps(value)}" for key, value in options.items()]
-    changes += [f"keys.labels_key={LABELS}", "keys.recover_counts=true", "linear=true"]  # few cells: a regression helps
-    changes += [f"run=demo-annotate-seed{demo.seed}", f"seed={demo.seed}"]
+    changes += [f"keys.labels_key={LABELS}", "keys.recover_counts=true", f"run=demo-annotate-seed{demo.seed}", f"seed={demo.seed}"]
     config = load_config(FinetuneConfig, "annotate", "finetune", changes)
     demo.finetuned = run_finetune(config, _every(demo, 100))
     if demo.finetuned.reused:
