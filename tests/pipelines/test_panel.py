@@ -62,7 +62,8 @@ def test_a_lone_cell_is_answered_alike_whoever_else_is_asked_about(carrying, que
     np.testing.assert_allclose(carrying.predict_proba(many, context="panel")[:3], by_one, atol=1e-5)
     carrying.config = carrying.config.model_copy(update={"keys": DataKeys()})
     own = carrying.predict_proba(alone)
-    assert np.abs(own - carrying.predict_proba(alone, context="panel")).max() > 1e-6, "company matters, little to a sure annotator"
+    change = np.log(own) - np.log(carrying.predict_proba(alone, context="panel"))  # a sure annotator's shares hardly move, their ratios do
+    assert np.abs(change).max() > 1e-3, "company matters"
 
 
 def test_the_context_is_written_down(carrying, query):
