@@ -212,7 +212,7 @@ def undeploy(name: str | None = None) -> None:
 def _absolute(config: ServeConfig) -> ServeConfig:
     """The configuration as it means the same in another process: the tracker's address, the folder's full path."""
     if config.model.startswith(REGISTERED):
-        registered(config.model)
+        registered(config.model)  # a wrong form is told before anything starts
         return config.model_copy(update={"tracking_uri": resolve_uri(config.tracking_uri)})
     return config.model_copy(update={"model": str(Path(config.model).absolute())})
 

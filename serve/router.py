@@ -24,7 +24,7 @@ from cellplane.artifact.folder import verify_model
 from cellplane.config import home
 from cellplane.errors import CellplaneError, ConfigError, ServiceError, StorageError
 from cellplane.processes import write_private
-from cellplane.tracking.registry import aliases_of, resolve_model, tag_version
+from cellplane.tracking.registry import aliases_of, registered, resolve_model, tag_version
 
 from .deployment import ServeConfig
 from .rollout import Rollouts, Stage
@@ -164,9 +164,10 @@ class Router:
         name, alias = _followed(config)
         if name is None:
             return {CHAMPION: config.model}
-        numbers = _wanted_numbers(config, aliases_of(name, config.tracking_uri))
+        known = aliases_of(name, config.tracking_uri)
+        numbers = _wanted_numbers(config, known)
         if not numbers:
-            have = ", ".join(sorted(aliases_of(name, config.tracking_uri))) or "none"
+            have = ", ".join(sorted(known)) or "none"
             hint = f"set it: cellplane models promote {name} VERSION" if alias == CHAMPION else "name one of them, or set it in MLflow"
             raise ConfigError(f"model {name!r} has no alias {alias!r}, its aliases: {have}; {hint}")
         return _addresses(name, numbers)
@@ -246,7 +247,7 @@ class Router:
         """Say in the registry what became of a version."""
         if not address.startswith(REGISTERED):
             return
-        name, _, number = address.removeprefix(REGISTERED).partition("/")
+        name, _, number = registered(address)
         try:
             tag_version(name, int(number), SERVING_TAG, text, config.tracking_uri)
         except CellplaneError as error:
@@ -315,11 +316,14 @@ def told(call: Any, timeout_s: float | None) -> Any:
 
 
 def _followed(config: ServeConfig) -> tuple[str | None, str]:
-    """The registered model and the alias that a configuration follows; (None, "") for a folder or a fixed version."""
-    if not config.model.startswith(REGISTERED) or "@" not in config.model:
+    """The registered model and the alias that a configuration follows; (None, "") for a folder or a fixed version.
+
+    ConfigError for an address that is neither.
+    """
+    if not config.model.startswith(REGISTERED):
         return None, ""
-    name, _, alias = config.model.removeprefix(REGISTERED).partition("@")
-    return name, alias
+    name, alias, _ = registered(config.model)
+    return (name, alias) if alias else (None, "")
 
 
 def _wanted_numbers(config: ServeConfig, aliases: Mapping[str, int]) -> dict[str, int]:

@@ -236,6 +236,8 @@ def test_what_cannot_be_served_leaves_no_trace(router: Router, config: Callable[
     with pytest.raises(IntegrityError):
         router.put(config(f"models:/{NAME}/2"))
     assert pointing(router) == {"champion": "1"}
+    with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
+        router.put(config(f"models:/{NAME}"))
     with pytest.raises(ConfigError, match="no version 99"):
         router.put(config(f"models:/{NAME}/99"))
     assert "99" not in router.table().models[SERVED].versions

@@ -83,8 +83,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """A progress bar with the newest loss on a terminal; nothing when standard error is not one."""
+def progress(title: str, then: str = "") -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """A progress bar with the newest loss on a terminal, and what comes ``then``; nothing when standard error is not one."""
     if not sys.stderr.isatty():
         yield lambda done, total, metrics: None  # noqa: ARG005
         return
@@ -98,9 +98,7 @@ def progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, float]], N
 
         def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
             note = "  ".join(f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in ("train/loss", "val/macro_f1") if key in metrics)
-            if done >= total:
-                note += "  steps done; scores, of tuned baselines too, and files follow"
-            bar.update(task, completed=done, total=total, note=note)
+            bar.update(task, completed=done, total=total, note=f"{note}  {then}" if done >= total else note)
 
         yield show
 

@@ -103,6 +103,6 @@ def finetune_run(task: str, config: str | None, overrides: list[str], resume: st
         loaded = resumed_job(task, resume, config, overrides)
     else:
         loaded = load_config(TASKS[task].config, config or task, "finetune", overrides)
-    with progress(f"fine-tuning {loaded.run}") as show:
+    with progress(f"fine-tuning {loaded.run}", "now scores, of tuned baselines too") as show:
         report = run_finetune(loaded, show)
     return {**report_of(report), "scores": report.scores}

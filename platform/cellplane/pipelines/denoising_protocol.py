@@ -23,6 +23,7 @@ from cellplane.config import to_plain
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData
 from cellplane.errors import DataError
+from cellplane.genes import GeneVocabulary
 from cellplane.inference import Predictor, query_keys
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising import Cells, DenoisingPipeline, answers
@@ -173,16 +174,18 @@ class Arm:
     settings: tuple[Any, ...]
 
     @classmethod
-    def of(cls, recipe: DenoisingConfig, cells: Cells, data: AnnData | None = None, base: tuple[str, ModelFolder] | None = None) -> Arm:
-        """From scratch, or ``data`` read with a base; DataError when that does not know all their genes and may add none."""
-        genes = len(cells.vocabulary)
-        if data is None or base is None:
-            return cls("", recipe, cells, np.arange(genes), (to_plain(recipe),))
+    def from_scratch(cls, recipe: DenoisingConfig, cells: Cells) -> Arm:
+        """A network of these cells' genes."""
+        return cls("", recipe, cells, np.arange(len(cells.vocabulary)), (to_plain(recipe),))
+
+    @classmethod
+    def from_base(cls, base: tuple[str, ModelFolder], recipe: DenoisingConfig, data: AnnData, genes: GeneVocabulary) -> Arm:
+        """``data`` read with a named base; DataError when that does not know all ``genes`` and may add none."""
         label, folder = base
         own = Cells.of(data, folder, recipe)
-        places = own.vocabulary.index(cells.vocabulary.gene_ids)
+        places = own.vocabulary.index(genes.gene_ids)
         if (unknown := int((places < 0).sum())) > 0:
-            raise DataError(f"base {label} does not know {unknown} of {genes} genes, and all are scored; set finetune.new_genes=add")
+            raise DataError(f"base {label} does not know {unknown} of {len(genes)} genes, and all are scored; set finetune.new_genes=add")
         return cls(label, recipe, own, places, (to_plain(recipe), folder.model_sha256))
 
     def methods(self, thinned: CellTable, seed: int) -> dict[Method, Work]:
@@ -232,7 +235,8 @@ def _entries(config: DenoisingProtocol, name: str, opened: Opened, to: tuple[Led
     keys = {"keys": query_keys(opened.cells, config.data[name].keys)}
     recipe, begun = (one.model_copy(update=keys) for one in (config.recipe, config.finetune or config.recipe))
     whole = Cells.of(opened.cells, None, recipe)
-    arms = [Arm.of(recipe, whole), *(Arm.of(begun, whole, opened.cells, base) for base in opened.bases.items())]
+    begun_arms = (Arm.from_base(base, begun, opened.cells, whole.vocabulary) for base in opened.bases.items())
+    arms = [Arm.from_scratch(recipe, whole), *begun_arms]
     for seed in config.seeds:
         for task in tasks_of(whole.table, seed):
             place = Place(name, task.protocol, 0, seed)
