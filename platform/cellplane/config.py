@@ -140,7 +140,7 @@ def validate(cls: type[ConfigT], values: object, source: str, overridden: Sequen
 def _is_of(location: Sequence[Any], overridden: Sequence[str]) -> bool:
     """Whether a finding lies at, in or around a key that an option changed."""
     place = ".".join(map(str, location))
-    return bool(place) and any(f"{place}.".startswith(f"{key}.") for key in overridden)
+    return bool(place) and any(f"{place}.".startswith(f"{key}.") or f"{key}.".startswith(f"{place}.") for key in overridden)
 
 
 def _finding(cls: type[Config], item: Any) -> str:
