@@ -63,7 +63,7 @@ def test_a_section_can_be_the_name_of_a_shipped_file(write):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["optimiser.lr=1"], "unknown key 'optimiser'; did you mean 'optimizer'"),
+        (["optimiser.lr=1"], "the options given: unknown key 'optimiser'; did you mean 'optimizer'"),
         (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'lr'"),
         (["model.widht=64"], "unknown key 'model.widht'; did you mean 'width'"),
         (["zzz=1"], "unknown key 'zzz'; valid keys: inputs, model, name, optimizer"),
