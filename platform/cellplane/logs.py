@@ -48,3 +48,10 @@ def note(name: str, value: str | None) -> None:
         _ids.pop(name, None)
     else:
         _ids[name] = value
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What verbs share: their common options, printing results, and showing progress to a person but not to a pipe."""
+"""What verbs share: their common options, printing results, and showing progress: a bar to a person, a line now and then to a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from cellplane.logs import duration
+
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file, or the name of a shipped one.")]
+LINE_EVERY_S = 30.0  # of progress, where standard error is no terminal
 OVERRIDE_HELP = "Change one key of the config: -o KEY=VALUE, a.b=c for one in a section. May be repeated."
 Overrides = Annotated[list[str] | None, typer.Option("--override", "-o", help=OVERRIDE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -84,9 +87,9 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(title: str, then: str = "") -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """A progress bar with the newest loss on a terminal, and what comes ``then``; nothing when standard error is not one."""
+    """A progress bar with the newest loss on a terminal, and what comes ``then``; elsewhere, as in a job's log, a line now and then."""
     if not sys.stderr.isatty():
-        yield lambda done, total, metrics: None  # noqa: ARG005
+        yield _now_and_then(title, then)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,10 +100,30 @@ def progress(title: str, then: str = "") -> Iterator[Callable[[int, int, Mapping
         task = bar.add_task(title, total=None, note="starting")
 
         def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            note = "  ".join(f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in ("train/loss", "val/macro_f1") if key in metrics)
+            note = _newest(metrics)
             bar.update(task, completed=done, total=total, note=f"{note}  {then}" if done >= total else note)
 
         yield show
+
+
+def _now_and_then(title: str, then: str) -> Callable[[int, int, Mapping[str, float]], None]:
+    began = said = time.monotonic()
+
+    def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        nonlocal said
+        now = time.monotonic()
+        last = done >= total and said > began
+        if now - said < LINE_EVERY_S and not last:
+            return
+        said = now
+        left = f"about {duration((now - began) / done * (total - done))} left" if 0 < done < total else then
+        say("  ".join(filter(None, (f"{title}: {done} of {total}", _newest(metrics), left))))
+
+    return show
+
+
+def _newest(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in ("train/loss", "val/macro_f1") if key in metrics)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from cellplane.data.tasks import ShardTask, TableTask, Task, safe_name, task_jso
 from cellplane.data.work import descriptor, write_row
 from cellplane.data.work import write_part as write_part
 from cellplane.errors import ConfigError, DataError, ServiceError, StorageError
+from cellplane.logs import duration
 
 log = logging.getLogger(__name__)
 STAGING, LOCK = ".staging", ".lock"
@@ -206,13 +207,7 @@ class _Watch:
         self._done += cells
         rate = self._done / max(time.perf_counter() - self._began, 1e-9)
         left = (self._total - self._done) / rate
-        self._say(f"{doing} {100 * self._done / self._total:.0f} % done, {rate:,.0f} cells/s, {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        self._say(f"{doing} {100 * self._done / self._total:.0f} % done, {rate:,.0f} cells/s, {duration(left)} left")
 
 
 def _ray_results(tasks: Sequence[str], workers: int | None) -> Iterator[str]:
