@@ -79,7 +79,7 @@ def _genes(state: Fitted, asked: Asked) -> NDArray[np.bool_]:
             )
         wanted[:] = False
         wanted[places] = True
-    trusted: NDArray[np.bool_] = wanted & ~(state.expected < _least(state, asked))
+    trusted: NDArray[np.bool_] = wanted & state.trusted(_least(state, asked))
     if not trusted.any():
         raise refuse(
             422, f"every gene asked for is expected to correlate less than {_least(state, asked):g}; lower min_correlation to see them"
@@ -111,7 +111,7 @@ def told(state: Fitted, work: Imputation, asked: Asked) -> dict[str, Any]:
     """Names and expected correlations of the answer's columns, and which genes were refused."""
     answered = work.problem.wanted
     asked_for = state.wanted if asked.genes is None else np.isin(np.arange(len(state.wanted)), state.names.find(asked.genes))
-    refused = asked_for & (state.expected < _least(state, asked))
+    refused = asked_for & ~state.trusted(_least(state, asked))
     everything = answered | refused
     ids = [state.names.vocabulary.gene_ids[gene] for gene in np.flatnonzero(everything)]
     return {

@@ -75,13 +75,12 @@ def perturb(network: Any, state: Fitted, work: Perturbation) -> dict[str, NDArra
     """One row a perturbation, or a perturbation and group."""
     rows = populations(network, state, work.controls, work.names, work.config)
     rows = rows if work.by_group else averaged(rows)
-    kinds = [work.config.kinds.get(row.name, work.config.kind) for row in rows]
     parts = {name: np.stack([getattr(row.answer, part) for row in rows]) * scale for name, (part, scale) in TABLES.items()}
     return {
         "perturbation": np.array([row.name for row in rows], dtype=object),
         "group": np.array([row.group for row in rows], dtype=object),
-        "kind": np.array(kinds, dtype=object),
-        "seen": np.array([row.name in state.names for row in rows]),
+        "kind": np.array([row.kind for row in rows], dtype=object),
+        "seen": np.array([row.seen for row in rows]),
         "fallback": np.array([row.answer.fallback for row in rows]),
         "control_cells": np.array([row.cells for row in rows], dtype=np.int64),
         **{name: table.astype(np.float32) for name, table in parts.items()},

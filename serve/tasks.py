@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.judgement import UNKNOWN
 from cellplane.cells import CellBatch
-from cellplane.data.company import SharedStore, self_store, store_with_panel
+from cellplane.data.company import SharedStore, near_store, self_store, store_with_panel
 from cellplane.data.sentences import MemoryStore, SentenceStore
 from cellplane.errors import ConfigError
-from cellplane.inference import RATES_PER, BatchedStore, Predictor, batches_of, decoded_in
+from cellplane.inference import RATES_PER, BatchedStore, Predictor, batches_of, decoded_in, keys_of
 from cellplane.pipelines import imputation_answer, perturbation_answer
 
 from . import imputing, perturbing
@@ -87,7 +87,7 @@ class Loaded:
 
     def describe(self) -> About:
         """What a caller can ask this model for by name."""
-        task, known, other = self.predictor.task, None, None
+        task, known, other = self.predictor.task, keys_of(self.predictor.folder.lineage), None
         imputed, perturbations = list[str](), list[str]()
         control: About = {"perturbation_key": None, "control": None}
         if task == "impute":
@@ -101,7 +101,7 @@ class Loaded:
         named = {"imputed_genes": imputed, "perturbations": perturbations, "batches": list(batches_of(self.predictor.folder))}
         read = {"keys": known, "reference_keys": other}
         keys = {name: None if one is None else one.model_dump(mode="json") for name, one in read.items()}
-        return {"max_cells": self.max_cells, **company, **named, **control, **keys}
+        return {"max_cells": self.max_cells, "reads_places": self.predictor.reads_places, **company, **named, **control, **keys}
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def _prepare_plain(loaded: Loaded, store: MemoryStore, question: Question, max_b
     given = question.cells.sentence is not None
     company: Store = store
     policy = "sentences of the request" if given else "request, by batch"
+    if not given and loaded.predictor.reads_places and not isinstance(store, CellsOfBatches):
+        company = near_store(store.table, loaded.max_cells)
     if question.options.context == "self":
         company, policy = self_store(store.table, 1), "every cell alone"
     elif question.options.context == "panel":

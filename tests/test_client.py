@@ -152,6 +152,12 @@ def test_answers_come_back_in_the_callers_order_and_are_written(client: Client, 
     assert answer.about["warnings"] == ["w"]
 
 
+def test_answers_that_rest_on_few_genes_are_told_as_they_are_offline(client: Client, cells: AnnData) -> None:
+    few = cells[:, [name for name in cells.var_names if name not in VOCABULARY.gene_ids[:8]]].copy()
+    client.embed(few, "m")
+    assert few.uns["cellplm"]["warnings"] == ["w", "12 of the model's 20 genes were measured here: answers rest on few genes"]
+
+
 def test_embeddings_are_written_and_the_file_can_be_saved(client: Client, cells: AnnData, tmp_path: Any) -> None:
     embedding = client.embed(cells, "m")
     np.testing.assert_array_equal(cells.obsm["X_cellplm"], embedding)

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 
-from cellplane.artifact.folder import verify_model
+from cellplane.artifact.folder import read_manifest, verify_model
 from cellplane.config import Config, home
 from cellplane.data.answer_tables import NAMES, PLACE, RECORD, SUFFIX, is_table, read_record, write_answers
 from cellplane.data.answers import answered_copy, takes_answers
@@ -37,7 +37,7 @@ from cellplane.data.manifest import parse_vocabulary
 from cellplane.data.sources import CellReader, check_h5ad, known_keys, read_h5ad, write_h5ad
 from cellplane.data.stored import DiskRows, Stored, check_answerable, store_cells
 from cellplane.errors import CellplaneError, ConfigError, DataError, ServiceError
-from cellplane.genes import GeneVocabulary
+from cellplane.genes import GeneVocabulary, gene_warnings
 from cellplane.inference import (
     LABELS_DERIVED,
     TASKS,
@@ -47,10 +47,12 @@ from cellplane.inference import (
     batches_of,
     decoded_in,
     flag_column,
+    keys_of,
     rates_of,
+    reading_keys,
     record,
 )
-from cellplane.results import same_call
+from cellplane.results import same_call, with_warnings
 from cellplane.tracking.registry import resolve_model
 
 ANSWERS: dict[str, tuple[Literal["obsm", "layers"], str]] = {  # what an answer to each task holds, and where
@@ -76,7 +78,7 @@ class PredictConfig(Config):
     format: Literal["h5ad", "parquet"] = "h5ad"
     """h5ad: a copy of each input with the answers in it; parquet: the answers alone, one row a cell, under the same names."""
     keys: DataKeys = DataKeys()
-    """Where counts, batches and coordinates lie."""
+    """Where counts, batches and coordinates lie; what is not named here lies as in the cells that the model learned."""
     context: Context = "own"
     """In whose company cells are read: own (those of their batch), section (patches of neighbours), self (alone), or the model's panel."""
     tracking_uri: str | None = None
@@ -121,7 +123,7 @@ def predict_with(config: PredictConfig, answer_all: Callable[[list[Task]], Itera
     targets = dict(zip(inputs, targets_of(config, inputs), strict=True))
     todo = [path for path in inputs if not _is_done(path, targets[path], sha256, config)]
     tasks = [{"input": str(path.absolute()), "out": str(targets[path]), "model": str(model.absolute())} for path in todo]
-    settings = {"task": config.task, "context": config.context, "keys": config.keys.model_dump_json(), "home": str(home())}
+    settings = {"task": config.task, "context": config.context, "keys": _keys(config, model).model_dump_json(), "home": str(home())}
     _sweep([targets[path] for path in todo])
     with gone_if_empty(targets[inputs[0]].parent):  # all are in one folder
         rows = answer_all([{**task, **settings} for task in tasks])
@@ -189,18 +191,23 @@ def check_predict(config: PredictConfig) -> tuple[list[Path], Path, str]:
     return inputs, model, manifest["model_sha256"]
 
 
+def _keys(config: PredictConfig, model: Path) -> DataKeys:
+    """How the files are read: as is said, else as the cells that the model learned."""
+    return reading_keys(keys_of(read_manifest(model, "cellplane-model")["lineage"]), config.keys)
+
+
 def refuse_if_none_answerable(config: PredictConfig) -> None:
     """DataError with the reason for each input when this model can answer none, seen before a cluster is started for nothing.
 
     One that it can, or an answer that is there already, is enough: the rest is said of the others in the report.
     """
     inputs, model, sha256 = check_predict(config)
-    vocabulary, reasons = parse_vocabulary(model), list[str]()
+    keys, vocabulary, reasons = _keys(config, model), parse_vocabulary(model), list[str]()
     for path, target in zip(inputs, targets_of(config, inputs), strict=True):
         if _is_done(path, target, sha256, config):
             return
         try:
-            check_answerable(path, config.keys, vocabulary)
+            check_answerable(path, keys, vocabulary)
         except DataError as error:
             reasons.append(str(error))
         else:
@@ -298,7 +305,8 @@ def _columns(found: _Found, stored: Stored) -> dict[str, Any]:
 
 
 def _record(predictor: Predictor, stored: Stored, found: _Found) -> dict[str, Any]:
-    return record(predictor.folder, {**stored.report, "context": found.context})
+    warned = with_warnings(stored.report, gene_warnings(stored.report, len(predictor.vocabulary)))
+    return record(predictor.folder, {**warned, "context": found.context})
 
 
 @dataclass(frozen=True)
@@ -343,7 +351,7 @@ def _embed(predictor: Predictor, stored: Stored, context: Context, folder: Path)
 def _denoise(predictor: Predictor, stored: Stored, context: Context, folder: Path) -> _Found:
     if context != "own":
         raise ConfigError("denoising reads cells in the context own, with their batch; leave context out")
-    store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells)
+    store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells, predictor.reads_places)
     rates = DiskRows((stored.table.n_cells, len(stored.columns)), np.float32, folder)
     for rows, shares in predictor.rates(store, decoded_in(predictor.folder, store, None)):
         rates[rows] = rates_of(shares, stored.columns)

@@ -24,8 +24,8 @@ from cellplane.config import validate
 from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, cell_table, query_keys
 from cellplane.errors import ConfigError, ServiceError
-from cellplane.genes import GeneVocabulary
-from cellplane.results import write_embedding
+from cellplane.genes import GeneVocabulary, gene_warnings
+from cellplane.results import with_warnings, write_embedding
 from cellplane.served import Columns, served_imputation, served_perturbation, storable, write_served_annotation, write_served_rates
 from cellplane.served import ServedAnnotation as ServedAnnotation
 from cellplane.wire import ARROW_TYPE as ARROW_TYPE
@@ -65,6 +65,7 @@ class _Asked:
     served: Mapping[str, Any]
     cells: WireCells
     options: Options
+    keys: DataKeys
 
     @property
     def limits(self) -> Mapping[str, int]:
@@ -80,7 +81,7 @@ class _Asked:
 
 
 class Client:
-    """Asks a cellplane endpoint at ``url``.
+    """Asks a cellplane endpoint at ``url``. Without ``keys`` a call reads cells as those that the model learned.
 
     Every call raises ServiceError: ``status`` 0 when the endpoint cannot be reached, else the HTTP status with the
     server's own message. Lost connections and 429, 500, 502, 503 are tried ``retries`` times more with the same request id.
@@ -163,11 +164,10 @@ class Client:
     ) -> NDArray[np.float32]:
         """Rates per 10,000, [n, n_vars], also written to layers cellplm_denoised: see `served.write_served_rates`."""
         asked = self._asked(adata, model, keys, options)
-        known, batch = set(asked.served["batches"]), asked.cells.table.batch
-        if batch is not None and known.issuperset(map(str, batch)):  # else all cells are decoded alike, as offline
+        if asked.served["batches"]:  # each cell is decoded in its own
             asked = replace(asked, cells=replace(asked.cells, names_batch=True))
         columns, about = self._ask(asked, "denoise", progress)
-        return write_served_rates(adata, columns, about, asked.cells, _read_keys(keys) or DataKeys())
+        return write_served_rates(adata, columns, about, asked.cells, asked.keys)
 
     def impute(
         self,
@@ -178,10 +178,7 @@ class Client:
         progress: Progress = quiet,
         reference: AnnData | None = None,
     ) -> AnnData:
-        """Genes that the cells lack, as a new AnnData (cells x genes), read beside the model's reference or another one.
-
-        Without ``keys`` the cells are read as those the model was fitted with.
-        """
+        """Genes that the cells lack, as a new AnnData (cells x genes), read beside the model's reference or another one."""
         asked = self._asked(adata, model, keys, options)
         if reference is not None:
             reading = query_keys(reference, DataKeys.model_validate(asked.served.get("reference_keys") or {}))
@@ -234,7 +231,7 @@ class Client:
             given["context"] = context
         version = served.get("version")  # all parts of one AnnData go to one version, whatever is promoted meanwhile
         exact = f"{served['name']}:{version}" if version else quote(model, safe="@:")
-        return _Asked(exact, served, cells, given)
+        return _Asked(exact, served, cells, given, reading)
 
     def _ask(self, asked: _Asked, task: str, progress: Progress) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Answer columns in the caller's row order, and the metadata of the answer."""
@@ -253,6 +250,8 @@ class Client:
             done += len(rows)
             progress(done, n)
         log.info("%d cells answered by %s version %s", n, about["model"], about["version"])
+        if task != "impute":  # whose query never measured all genes of the model
+            about = with_warnings(about, gene_warnings(asked.cells.report, len(asked.cells.vocabulary)))
         return columns, about
 
     def _ask_once(self, asked: _Asked, task: str, part: Sequence[int]) -> tuple[Columns, dict[str, Any], NDArray[np.int64]]:

@@ -10,9 +10,10 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,27 @@ log = logging.getLogger(__name__)
 
 ENSEMBL_PATTERN = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")  # ENSG00000141510.18, ENSMUSG00000059552
 MINIMUM_SHARED_GENES = 10  # below this an answer is noise (PROTOCOLS 4)
-LOW_OVERLAP = 0.1  # of the data's and of the model's genes: below it a person is warned
+LOW_OVERLAP = 0.1  # a reading that shares less of the data's genes AND of the model's is warned of: one side alone is usual for a panel
+FEW_SHARED_GENES, LOW_COUNT_SHARE = 200, 0.2  # below either an answer carries a warning (PROTOCOLS 4)
 EXACT, RENAMED, AMBIGUOUS, OUTSIDE, UNKNOWN = range(5)  # how a column found its place, or why it has none
+
+
+def gene_warnings(report: Mapping[str, Any], n_vocabulary: int) -> list[str]:
+    """What to tell with an answer about cells of this ``report`` (`data.sources.cell_table`) by a model of so many genes.
+
+    One sentence for fewer than 200 of its genes, one for genes that carry less than a fifth of the cells' counts. A panel that
+    holds all of its genes is what the model was trained on, and is none of these.
+    """
+    shared = int(report["n_shared"]) - int(report.get("n_summed", 0))
+    if shared >= n_vocabulary:
+        return []
+    said = []
+    if shared < FEW_SHARED_GENES:
+        said.append(f"{shared} of the model's {n_vocabulary} genes were measured here: answers rest on few genes")
+    share = report.get("count_share")
+    if share is not None and share < LOW_COUNT_SHARE:
+        said.append(f"genes that the model knows carry {share:.1%} of the counts: answers rest on a small part of what was measured")
+    return said
 
 
 def namespace_of(gene_ids: Sequence[str]) -> str:
@@ -105,7 +125,7 @@ class GeneVocabulary:
         return alignment
 
     def require_enough(self, alignment: GeneAlignment, gene_ids: Sequence[str]) -> None:
-        """Raises VocabularyError when fewer than 10 genes (or all, if fewer exist) have a place; warns when it is a small share."""
+        """Raises VocabularyError when fewer than 10 genes (or all, if fewer exist) have a place; warns of a small share of both sides."""
         needed = min(MINIMUM_SHARED_GENES, len(self))
         if alignment.n_shared < needed:
             raise VocabularyError(self._too_few(alignment, gene_ids, needed))

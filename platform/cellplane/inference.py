@@ -24,15 +24,15 @@ from cellplane.artifact.members import members_of, together
 from cellplane.artifact.panel import Panel
 from cellplane.artifact.smoothing import Smoothing
 from cellplane.cells import CellBatch
-from cellplane.data.company import READ_ONLY, Context, SharedStore, store_beside, store_in, store_with_panel
+from cellplane.data.company import READ_ONLY, Context, SharedStore, context_for, store_beside, store_in, store_with_panel
 from cellplane.data.config import DataKeys
 from cellplane.data.loader import prefetch
 from cellplane.data.quality import tell_scale
-from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore, memory_store
+from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, SentenceStore
 from cellplane.data.sources import AnnData, cell_table, gene_columns
 from cellplane.data.sources import query_keys as query_keys
-from cellplane.errors import ConfigError, DataError, IntegrityError
-from cellplane.genes import GeneVocabulary
+from cellplane.errors import ConfigError, DataError, FileFormatError, IntegrityError
+from cellplane.genes import GeneVocabulary, gene_warnings
 from cellplane.model.cellplm import CellPLM, CellPLMOutput, halved
 from cellplane.model.config import Precision
 from cellplane.model.linear import in_precision
@@ -44,6 +44,7 @@ from cellplane.results import Denoised as Denoised
 from cellplane.results import answered as answered
 from cellplane.results import flag_column as flag_column
 from cellplane.results import record as record
+from cellplane.results import with_warnings as with_warnings
 from cellplane.results import write_annotation as write_annotation
 from cellplane.results import write_denoised as write_denoised
 from cellplane.results import write_embedding as write_embedding
@@ -104,6 +105,11 @@ class Predictor:
         return self.folder.max_cells
 
     @property
+    def reads_places(self) -> bool:
+        """Whether an answer depends on how far apart cells lie: then sentences are patches of tissue."""
+        return self.folder.config.local_blocks > 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """What this model can be asked: embed, annotate."""
         return TASKS[self.folder.task]
@@ -117,13 +123,15 @@ class Predictor:
 
     def company(self, context: Context | AnnData) -> Context | AnnData | CellTable:
         """The context as `read_cells` takes it: the panel's cells for its name."""
-        return self.panel_table if isinstance(context, str) and context == "panel" else context
+        if not isinstance(context, str):
+            return context
+        return self.panel_table if context == "panel" else context_for(context, self.reads_places)
 
     def store(self, table: CellTable, context: Context) -> tuple[MemoryStore | SharedStore, str]:
         """Cells in a context, and what to record of it; ConfigError for a context this model has not."""
         if context == "panel":
             return store_with_panel(table, self.panel_table, self.max_cells)
-        return store_in(context, table, self.max_cells)
+        return store_in(context_for(context, self.reads_places), table, self.max_cells)
 
     def info(self) -> dict[str, Any]:
         """JSON-ready description: tasks, classes, vocabulary fingerprint, context size, checksum, dtype."""
@@ -184,21 +192,23 @@ class Predictor:
         """Every cell's expected share of its counts by gene, some cells at a time: (rows [c], shares [c, G]).
 
         Shares are 0 for genes a cell's data set did not measure, and add up to 1 over the others. Each cell is decoded in
-        its own batch (unknown: the mean of the table's rows), or in all of ``batches``, whose shares are averaged. A model's
-        smoothing (see `artifact.smoothing`) is part of the answer in a cell's own batch, and none where batches are exchanged:
-        neighbours' counts carry theirs. DataError when the model decodes no counts.
+        its own batch, one whose batch the model did not learn in all of those that it did, or everybody in ``batches``; shares
+        of several are averaged. A model's smoothing (see `artifact.smoothing`) is part of the answer in a cell's own batch, and
+        none where batches are exchanged: neighbours' counts carry theirs. DataError when the model decodes no counts.
         """
         if self.folder.config.decoder != "negative_binomial":
             raise DataError(
                 f"this {self.folder.task} model decodes no counts (decoder {self.folder.config.decoder}): fine-tune it to denoise"
             )
-        smoothing = self.smoothing if batches is None else None
+        learned = range(len(batches_of(self.folder)))
         for batch, output in self._forward(store, alone=True):
-            for start in range(0, batch.n_cells, CELLS_PER_DECODE):
-                cells = torch.arange(start, min(start + CELLS_PER_DECODE, batch.n_cells))
-                part = batch.take(cells)
-                shares = self._shares(output.latent[cells.to(self.device)], part.to(self.device), batches)
-                yield part.row.numpy(), shares if smoothing is None else smoothing.mixed(part, shares)
+            new = (batch.batch_index < 0) & bool(learned)
+            for cells, told in ((~new, None), (new, learned)) if batches is None else ((new | True, batches),):
+                for some in torch.split(cells.nonzero()[:, 0], CELLS_PER_DECODE):
+                    part = batch.take(some)
+                    shares = self._shares(output.latent[some.to(self.device)], part.to(self.device), told)
+                    smoothing = self.smoothing if told is None else None
+                    yield part.row.numpy(), shares if smoothing is None else smoothing.mixed(part, shares)
 
     @torch.inference_mode()
     def _shares(self, z_CZ: torch.Tensor, part: CellBatch, batches: Sequence[int] | None) -> NDArray[np.float32]:
@@ -319,7 +329,8 @@ def read_cells(
     another AnnData, whose cells are read beside them and not answered, see `data.company`; a model's panel comes as its
     cells (`Predictor.company`). ConfigError for another name.
     """
-    table, report = cell_table(adata, vocabulary, keys, classes)
+    table, read = cell_table(adata, vocabulary, keys, classes)
+    report = with_warnings(read, gene_warnings(read, len(vocabulary)))
     tell_scale(table)
     if isinstance(context, str):
         store, told = store_in(context, table, max_cells)
@@ -350,12 +361,12 @@ class BatchedStore:
         return replace(batch, batch_index=torch.from_numpy(self.batch_index[batch.row.numpy()]))
 
     @classmethod
-    def of(cls, table: CellTable, names: Sequence[str], max_cells: int) -> BatchedStore:
-        """The table's cells in sentences of their own batch, its name looked up among ``names``."""
+    def of(cls, table: CellTable, names: Sequence[str], max_cells: int, reads_places: bool = False) -> BatchedStore:
+        """The table's cells in sentences of their own batch, its name looked up among ``names``; see `company.context_for`."""
         place = {name: index for index, name in enumerate(names)}
         none = np.full(table.n_cells, -1, dtype=np.int64)
         known = none if table.batch is None else np.array([place.get(str(name), -1) for name in table.batch], dtype=np.int64)
-        return cls(memory_store(table, max_cells), known)
+        return cls(store_in(context_for("own", reads_places), table, max_cells)[0], known)
 
 
 def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: str | None = None) -> Denoised:
@@ -366,11 +377,12 @@ def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: s
     """
     folder = predictor.folder
     table, report = cell_table(data, folder.vocabulary, keys)
-    store = BatchedStore.of(table, batches_of(folder), folder.max_cells)
+    store = BatchedStore.of(table, batches_of(folder), folder.max_cells, predictor.reads_places)
     columns = gene_columns(data, keys, folder.vocabulary)
     rates = np.empty((table.n_cells, len(columns)), dtype=np.float32)
     for rows, shares in predictor.rates(store, decoded_in(folder, store, target_batch)):
         rates[rows] = rates_of(shares, columns)
+    report = with_warnings(report, gene_warnings(report, len(folder.vocabulary)))
     new = int((store.batch_index < 0).sum()) if batches_of(folder) and target_batch is None else 0
     return Denoised(rates, table, {**report, "cells_of_unlearned_batches": new} if new else report)
 
@@ -388,15 +400,28 @@ def batches_of(folder: ModelFolder) -> tuple[str, ...]:
     return tuple(json.loads(folder.lineage.get("batches", "[]")))
 
 
+def keys_of(lineage: Mapping[str, str]) -> DataKeys | None:
+    """Where counts and columns lay in the cells that a model learned; None: it does not say. FileFormatError when that is broken."""
+    if (kept := lineage.get("keys")) is None:
+        return None
+    try:
+        return DataKeys.model_validate_json(kept)
+    except ValueError as error:
+        raise FileFormatError(f"the model does not say clearly how its cells were read (keys in its lineage): {error}") from error
+
+
+def reading_keys(known: DataKeys | None, named: DataKeys) -> DataKeys:
+    """How other cells are read for a model: by the keys that are ``named``, else by its own (``known``, where it has some)."""
+    return named if known is None else known.model_copy(update=named.model_dump(exclude_unset=True))
+
+
 def decoded_in(folder: ModelFolder, store: BatchedStore, target: str | None) -> tuple[int, ...] | None:
-    """Which batches to decode cells in: the target; None = each in its own; all learned ones where a cell's own was not."""
+    """Which batches to decode all cells in: the target; None = each in its own, as `Predictor.rates` says."""
     names = batches_of(folder)
     if target is not None:
         if target not in names:
             raise ConfigError(f"no batch {target!r} was learned; there are {', '.join(names) or 'none: fit with keys.batch_key'}")
         return (names.index(target),)
-    if not names or (store.batch_index >= 0).all():
-        return None
-    new = int((store.batch_index < 0).sum())
-    log.warning("%d cells are of batches that were not learned: all are decoded in the mean of %d", new, len(names))
-    return tuple(range(len(names)))
+    if names and (new := int((store.batch_index < 0).sum())):
+        log.warning("%d cells are of batches that were not learned: they are decoded in the mean of %d", new, len(names))
+    return None

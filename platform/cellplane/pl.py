@@ -106,12 +106,7 @@ def spatial(truth: AnnData, imputed: AnnData, gene: str, *, spatial_key: str = "
     if len(panels) != 3:
         raise DataError(f"truth, prediction and error need three axes, found {len(panels)}")
     true, guess = measured[:, genes.index(gene)], found[:, genes.index(gene)]
-    most, widest = max(float(true.max()), float(guess.max()), 1e-6), max(float(np.abs(guess - true).max()), 1e-6)
-    pictures = {"truth": (true, drawing.GRADED, 0.0, most), "prediction": (guess, drawing.GRADED, 0.0, most)}
-    pictures["prediction - truth"] = (guess - true, drawing.SIGNED, -widest, widest)
-    for panel, (name, (values, *look)) in zip(panels, pictures.items(), strict=True):
-        drawing.draw_tissue(panel, np.asarray(truth.obsm[spatial_key]), values, (look[0], look[1], look[2]))  # type: ignore[arg-type]
-        panel.set_title(f"{drawing.safe(gene)}: {name}")
+    drawing.draw_beside_truth(panels, np.asarray(truth.obsm[spatial_key]), true, guess, gene)
     return panels
 
 

@@ -19,6 +19,7 @@ from cellplane.data.files import gone_if_empty
 from cellplane.data.inputs import check_answers
 from cellplane.data.sources import AnnData, query_keys, read_h5ad, write_h5ad
 from cellplane.errors import CellplaneError, ConfigError, ServiceError
+from cellplane.inference import reading_keys
 from cellplane.results import ONLY_SOME, answered
 
 KEY_VARIABLE = "CELLPLANE_API_KEY"  # of a caller; a key on the command line would be seen by everybody
@@ -86,13 +87,13 @@ def _only(client: Client, url: str) -> str:
     return names[0]
 
 
-def _keys(data: AnnData, remote: Remote) -> DataKeys | None:
-    return None if remote.keys is None else query_keys(data, remote.keys)
-
-
 def _written(client: Client, data: AnnData, model: str, remote: Remote, progress: Progress) -> AnnData:
-    """The cells with their answers in them."""
-    getattr(client, remote.task)(data, model, _keys(data, remote), remote.options, progress)
+    """The cells with their answers in them, read as is said, else as the cells that the model learned."""
+    keys = None
+    if remote.keys is not None:
+        own = client.model(model).get("keys")
+        keys = query_keys(data, reading_keys(None if own is None else DataKeys.model_validate(own), remote.keys))
+    getattr(client, remote.task)(data, model, keys, remote.options, progress)
     return data
 
 

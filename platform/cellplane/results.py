@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ from cellplane.errors import DataError
 log = logging.getLogger(__name__)
 
 LABELS_DERIVED = ("unknown_score", "agrees")  # columns that are worth nothing once a cell has another label
+WARNINGS = "warnings"  # key of a record: sentences that whoever reads the answer should know; it is not there without any
 NO_COUNTS, NO_KNOWN_COUNTS = "no counts", "no counts in genes the model knows"
 
 
@@ -94,7 +95,7 @@ def flag_column(table: CellTable) -> Any:
 
 
 def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into `uns["cellplm"]`: model, context policy, where counts and genes came from."""
+    """What goes into `uns["cellplm"]`: model, context policy, where counts and genes came from, and warnings, where there are any."""
     return {
         "model_sha256": folder.model_sha256,
         "lineage": dict(folder.lineage),
@@ -102,6 +103,13 @@ def record(folder: ModelFolder, report: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": "float32",
         **{key: value for key, value in report.items() if value is not None},
     }
+
+
+def with_warnings(report: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
+    """The report with sentences that `record` puts into `uns["cellplm"]["warnings"]`; each is told in the log too."""
+    for sentence in said:
+        log.warning("%s", sentence)
+    return {**report, WARNINGS: [*report.get(WARNINGS, ()), *said]} if said else dict(report)
 
 
 ONLY_SOME = "only_some"  # key of a record whose caller named what to answer, so that it stands for no other call

@@ -77,7 +77,7 @@ def served_imputation(adata: AnnData, columns: Columns, about: About, order: Seq
         },
         index=pd.Index(genes),
     )
-    out = AnnData(X=counts, obs=adata.obs.copy(), var=var, layers={"log1p": np.log1p(counts), "sd": sd}, obsm=dict(adata.obsm))
+    out = AnnData(X=counts, obs=adata.obs.copy(), var=var, layers={"log1p": np.log1p(counts), "sd": sd}, obsm=dict(adata.obsm.copy()))
     out.uns["cellplm"] = storable({**about, "refused": [gene for gene in genes if gene in refused]})
     return out
 

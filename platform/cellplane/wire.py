@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cellplane.data.company import PANEL_TOLD, joined_tables, store_in
+from cellplane.data.company import PANEL_TOLD, context_for, joined_tables, store_in
 from cellplane.data.config import DataKeys
 from cellplane.data.patches import patches
 from cellplane.data.sentences import CellTable, memory_store
@@ -180,7 +180,7 @@ def sentences_for(served: Mapping[str, Any], table: CellTable, context: str) -> 
     if context == "panel":
         room = max_cells - int(served["panel_cells"])
         return memory_store(table, max(room, 1)).sentences, PANEL_TOLD.format(room, served["panel_cells"])
-    store, told = store_in(context, table, max_cells)
+    store, told = store_in(context_for(context, bool(served.get("reads_places"))), table, max_cells)
     return store.sentences, told
 
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from cellplane.cli.main import main
+from cellplane.cli.main import main, run_job
 from cellplane.cli.ops import load_any
+from cellplane.cli.train import evaluate_annotate, evaluate_app
 from cellplane.config import configs_root
 from cellplane.data.config import SimulateConfig
 from cellplane.data.simulate import simulate
@@ -53,7 +54,35 @@ def test_a_protocol_takes_no_finished_model(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "schema"), [("cpu_annotate", "AnnotationProtocol"), ("cpu_embed", "EmbeddingProtocol"), ("annotate", "EvaluateConfig")]
+    ("name", "schema"),
+    [
+        ("cpu_annotate", "AnnotationProtocol"),
+        ("cpu_embed", "EmbeddingProtocol"),
+        ("cpu_unknown", "UnknownProtocol"),
+        ("annotate", "EvaluateConfig"),
+    ],
 )
 def test_the_protocol_key_tells_a_protocol_from_scoring_one_model(name, schema):
     assert type(load_any(configs_root() / "evaluate" / f"{name}.yaml")).__name__ == schema
+
+
+def test_types_are_left_out_by_the_verb_and_by_the_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    write_h5ad(simulate(SimulateConfig(n_cells=120, n_genes=40, n_types=3)), tmp_path / "cells.h5ad")
+    data = f"{{few: {{path: {tmp_path / 'cells.h5ad'}, types: [type_1]}}}}"
+    recipe = "{model: {width: 16, n_heads: 2}, optimizer: {steps: 2, warmup_steps: 0}}"
+    text = f"kind: evaluate\ntask: unknown\nprotocol: full\ndata: {data}\nseeds: [0]\nrecipe: {recipe}\n"
+    (tmp_path / "small.yaml").write_text(text)
+    asked = ["--protocol", str(tmp_path / "small.yaml")]
+    assert main(["evaluate", "unknown", *asked]) == 0
+    printed = capsys.readouterr()
+    assert "few, own context: by type" in printed.out
+    assert f"{tmp_path}/evaluations/unknown/report.html" in printed.out
+    monkeypatch.setattr("sys.argv", ["jobs.evaluate", "unknown", *asked, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        run_job(evaluate_annotate, evaluate_app)
+    assert ended.value.code == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out)["metric"] == "auroc"
+    assert "AUROC" not in again.err, "nothing was fitted again"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellplane.data.company import CONTEXTS, READ_ONLY, store_beside, store_in
+from cellplane.data.company import CONTEXTS, READ_ONLY, context_for, store_beside, store_in
 from cellplane.data.sentences import CellTable
 from cellplane.errors import ConfigError, DataError
 
@@ -119,3 +119,26 @@ def test_a_context_of_nobody_and_a_model_of_single_cells_are_refused():
         store_beside(cells(3), cells(0), 8)
     with pytest.raises(ConfigError, match="alone"):
         store_beside(cells(3), cells(3), 1)
+
+
+def test_one_cell_without_a_place_leaves_the_others_in_their_patches():
+    table = cells(256, batches=())
+    table.coordinates[7] = np.nan
+    store, _ = store_in("section", table, 16)
+    assert sorted(rows_of(store)) == list(range(256))
+    located = [part for part in (table.coordinates[store.read([index]).row.numpy()] for index in range(len(store.sizes))) if len(part) > 1]
+    assert max(float(part.std(0).mean()) for part in located) < 0.5 * float(np.nanstd(table.coordinates, 0).mean())
+
+
+def test_own_means_patches_to_a_model_that_reads_places():
+    table = cells(256, batches=())
+    assert context_for("own", False) == "own"
+    assert context_for("self", True) == "self"
+    store, told = store_in(context_for("own", True), table, 16)
+    section, _ = store_in("section", table, 16)
+    assert [part.tolist() for part in store.sentences] == [part.tolist() for part in section.sentences]
+    assert told.startswith("own: patches")
+    nowhere = cells(256, batches=(), located=False)
+    plain, _ = store_in("own", nowhere, 16)
+    near, _ = store_in(context_for("own", True), nowhere, 16)
+    assert [part.tolist() for part in near.sentences] == [part.tolist() for part in plain.sentences]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from cellplane.config import configs_root, read_yaml
-from cellplane.pipelines import annotation_protocol, embedding_evaluation
+from cellplane.pipelines import annotation_protocol, embedding_evaluation, unknown_protocol
 from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.protocol_config import AnnotationProtocol, EmbeddingProtocol, EvaluatedData
 from tests.house.source import ROOT
@@ -31,6 +31,13 @@ def test_rows_on_the_page_are_those_of_the_tables():
         assert row in QUOTED
     assert f"cellplm, {embedding_evaluation.MIXED}" in QUOTED
     assert f"{embedding_evaluation.RANDOM} of NAME" in QUOTED
+
+
+def test_rows_and_tables_of_unknown_types_are_those_of_the_protocol():
+    assert {"cellplm", *unknown_protocol.SIMPLE, unknown_protocol.BEST_SIMPLE} <= set(QUOTED)
+    assert {unknown_protocol._by_type("own"), unknown_protocol.FALSE_ALARMS, unknown_protocol.REFUSED} <= set(QUOTED)
+    data = read_yaml(configs_root() / "evaluate" / "cpu_unknown.yaml")["data"]
+    assert set(data) == {"pbmc3k", "osmfish", "starmap_visp"}
 
 
 def test_protocols_are_shipped_for_the_data_sets_of_the_tables():

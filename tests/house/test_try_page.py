@@ -30,5 +30,5 @@ def test_every_picture_that_is_named_can_be_drawn():
 
 def test_every_configuration_that_is_named_is_shipped():
     shipped = {path.stem for path in (ROOT / "configs" / "try").glob("*.yaml")}
-    assert shipped == {"annotate", "impute", "denoise"}
+    assert shipped == {"annotate", "embed", "impute", "denoise", "perturb"}
     assert (ROOT / "configs" / "annotate" / "folder.yaml").is_file()

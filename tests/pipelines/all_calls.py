@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "keys": {"spatial_key": "spatial", "batch_key": "batch"},
         "reference_keys": {},
     },
-    "denoise": {"max_cells": 60, "keys": {"batch_key": "batch"}, "smoothing": {"neighbours": [5], "steps": [1]}},
+    "denoise": {"max_cells": 60, "keys": {"batch_key": "batch", "labels_key": "cell_type"}, "smoothing": {"neighbours": [5], "steps": [1]}},
     "perturb": {"keys": {"batch_key": "batch"}, "folds": 0, "min_cells": 2, "control_cells": 16, "perturbed_cells": 16},
 }
 FITS = ("annotate fit", "impute fit", "impute fit beside", "denoise fit", "perturb fit")

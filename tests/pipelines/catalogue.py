@@ -91,6 +91,7 @@ ONLY_LABELS = {"annotate predict": UNREAD, "embed": UNREAD, "impute": UNREAD, "d
 ONLY_SCREEN = {"annotate": UNREAD, "embed": UNREAD, "impute": UNREAD, "denoise": UNREAD}
 ONLY_PLACES = {"annotate": UNREAD, "embed": UNREAD, "denoise": UNREAD, "perturb": UNREAD, "beside": UNREAD}
 NOT_BESIDE = {"beside": UNREAD}
+ONE_BATCH_ALONE = warned("3 of 3 cell types lie in one of 3 batches alone.*type_0: 22 cells, all in type_0")
 FEW = "at least 10 are needed"
 NONE_KNOWN = {
     "annotate fit": refused("none of 60 labelled cells has counts in genes the model knows"),
@@ -140,6 +141,7 @@ ROWS = [
             "impute fit beside": refused("10 of 10 genes to impute were not measured in the reference"),
             "impute predict beside": refused("the reference measured none of the 10 genes to impute", VocabularyError),
             "impute predict": warned("18 of the 30 genes that the model was fitted with are missing here"),
+            **{f"{task} predict": warned("12 of the model's 50 genes were measured here") for task in ("annotate", "embed", "denoise")},
         },
     ),
     Row("C11", "Ensembl ids with versions", named_genes(lambda names: [f"{name}.3" for name in names]), SAME),
@@ -339,7 +341,7 @@ ROWS = [
         "batch and type coincide",
         lambda cells: by_batch(lambda _: cells.obs["cell_type"].astype(str))(cells),
         WORKS,
-        NOT_BESIDE,
+        {**NOT_BESIDE, "annotate fit": ONE_BATCH_ALONE, "denoise fit": ONE_BATCH_ALONE},
     ),
     Row(
         "",

@@ -229,9 +229,9 @@ def test_configuration_may_be_a_dictionary_as_in_the_released_code(training, que
     data.obs["celltype"] = data.obs["cell_type"]
     pipeline = CellTypeAnnotationPipeline(config=RECIPE)
     assert pipeline.fit(data, {"optimizer": {"steps": 5}}, label_fields=["celltype"]) is pipeline
-    assert pipeline.config.optimizer.steps == 5
+    assert (pipeline.config_.optimizer.steps, pipeline.config.optimizer.steps) == (5, RECIPE["optimizer"]["steps"])
     assert pipeline.config.optimizer.lr == RECIPE["optimizer"]["lr"]
-    assert pipeline.config.keys.labels_key == "celltype"
+    assert pipeline.config_.keys.labels_key == "celltype"
     assert pipeline.predict(query).shape == (query.n_obs,)
 
 
@@ -346,3 +346,26 @@ def test_the_default_recipe_is_the_released_one():
     config = AnnotationConfig()
     assert (config.optimizer.lr, config.optimizer.embedder_lr_scale, config.head_dropout) == (5e-3, 0.1, 0.5)
     assert pd.Series(config.model_dump()["optimizer"])["weight_decay"] == 1e-7
+
+
+def called_unknown(cells):
+    """The cells, one type of which is called what strangers are called."""
+    other = cells.copy()
+    other.obs["cell_type"] = other.obs["cell_type"].astype(str).replace({"type_0": "unknown"})
+    return other
+
+
+def test_a_type_that_strangers_are_called_by_is_refused_where_strangers_are(training):
+    pipeline = CellTypeAnnotationPipeline(config={**RECIPE, "unknown": {"reject": True}})
+    with pytest.raises(DataError, match=r"obs\['cell_type'\] has a cell type 'unknown'.*rename"):
+        pipeline.fit(called_unknown(training))
+
+
+def test_elsewhere_it_is_learned_with_a_warning_and_nothing_can_be_refused(training, query, caplog):
+    pipeline = CellTypeAnnotationPipeline(config=RECIPE).fit(called_unknown(training))
+    assert "has a cell type 'unknown'" in caplog.text
+    assert "unknown" in pipeline.classes_
+    assert (pipeline.predict(query) == "unknown").any()
+    with pytest.raises(ConfigError, match="refused cells could not be told from it"):
+        pipeline.predict(query, {"unknown": {"reject": True}})
+    pipeline.predict(query, {"unknown": {"refusal_rate": 0.1}})

@@ -160,6 +160,15 @@ def test_cells_of_unknown_batches_are_decoded_in_the_mean_of_the_rates(by_batch,
     np.testing.assert_allclose(by_batch.predict(stranger), (first + second) / 2, rtol=1e-4)
 
 
+def test_a_cell_of_an_unknown_batch_changes_no_other_cells_rates(by_batch, query):
+    own, mixed = by_batch.predict(query), query.copy()
+    strange = np.arange(query.n_obs) == 3
+    mixed.obs["batch"] = np.where(strange, "batch_9", query.obs["batch"].astype(str))
+    rates = by_batch.predict(mixed)
+    np.testing.assert_allclose(rates[~strange], own[~strange], rtol=5e-3)  # a cell less in company
+    assert not np.allclose(rates[strange], own[strange], rtol=1e-2)
+
+
 @pytest.fixture
 def base_with_batches(base_model: ModelFolder) -> ModelFolder:
     """An untrained model whose decoder knows five batches, none of them the user's."""
@@ -169,7 +178,7 @@ def base_with_batches(base_model: ModelFolder) -> ModelFolder:
 
 def test_new_batches_begin_as_the_mean_of_the_base_models(base_with_batches, training):
     pipeline = DenoisingPipeline(base_with_batches, config={"keys": {"batch_key": "batch"}})
-    network = pipeline._network(Cells.of(training, base_with_batches, pipeline.config))
+    network = pipeline._network(Cells.of(training, base_with_batches, pipeline.config), pipeline.config)
     expected = base_with_batches.weights["decoder.batch.table"].mean(0)
     assert network.decoder.batch.table.shape[0] == 2
     torch.testing.assert_close(network.decoder.batch.table, expected.expand(2, -1))

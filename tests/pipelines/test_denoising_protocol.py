@@ -91,6 +91,8 @@ def test_a_protocol_scores_every_method_under_both_and_is_not_run_twice(alone):
     assert "variance_ratio (1 is best)" in text
     assert "lead in mask_pearson" in text
     assert json.loads(finished.report.json.read_text())["tables"][1]["metric"] == "nats_per_1000"
+    assert text.count("](pictures/simulated-") == 3
+    assert finished.report.html.read_text().count("data:image/png;base64") == 3
     assert len(lines) == 2 * len(names)
     again: list[str] = []
     assert str(run_denoising_protocol(config, again.append).evaluation.entries) == str(evaluation.entries)  # as text: NaN is NaN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from cellplane.errors import DataError
 from cellplane.pipelines import drawing
@@ -117,3 +118,42 @@ def test_no_gap_is_an_error():
 def test_a_change_without_spread_has_no_correlation():
     axes = drawing.draw_change(drawing.new_axes(), np.zeros(3), np.zeros(3), ["a", "b", "c"], [0, 1])
     assert axes.get_title() == "all genes: r -"
+
+
+def test_perturbed_genes_are_marked_and_named_beside_the_differential_ones():
+    truth, guess = np.linspace(-1, 1, 30), np.linspace(-0.5, 0.5, 30)
+    genes = [f"G{gene}" for gene in range(30)]
+    axes = drawing.draw_change(drawing.new_axes(), truth, guess, genes, [0, 1], targets=[1, 7])
+    np.testing.assert_allclose(offsets(axes.collections[-1]), [(truth[1], guess[1]), (truth[7], guess[7])])
+    assert sorted(text.get_text() for text in axes.texts) == ["G0", "G1", "G7"]
+    assert axes.get_legend().get_texts()[-1].get_text() == "perturbed gene"
+
+
+def test_names_of_points_at_one_place_do_not_cover_one_another():
+    axes = drawing.new_axes()
+    axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    drawing.name_apart(axes, np.zeros((12, 2)), [f"GENE{gene}" for gene in range(12)])
+    axes.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead to them
+    assert len(boxes) == 12
+    assert not any(one.overlaps(other) for at, one in enumerate(boxes) for other in boxes[at + 1 :])
+
+
+def test_names_at_the_right_edge_stay_inside():
+    axes = drawing.new_axes()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    drawing.name_apart(axes, np.array([[0.99, 0.99]]), ["A_LONG_GENE_NAME"])
+    axes.figure.draw_without_rendering()
+    text = Text.get_window_extent(axes.texts[0])
+    assert text.x1 <= axes.bbox.x1
+    assert text.y1 <= axes.bbox.y1
+
+
+def test_truth_and_prediction_share_a_scale_and_the_error_is_symmetric():
+    places, truth, guess = np.random.default_rng(0).uniform(0, 100, (20, 2)), np.linspace(0, 2, 20), np.linspace(3, 0, 20)
+    panels = drawing.axes_in_rows(1, 3)[0]
+    drawing.draw_beside_truth(panels, places, truth, guess, "A")
+    first, second, error = (panel.collections[0] for panel in panels)
+    assert first.get_clim() == second.get_clim() == (0, 3)
+    assert error.get_clim() == (-3, 3)
+    np.testing.assert_allclose(error.get_array(), guess - truth)

@@ -120,3 +120,13 @@ def test_a_batch_that_was_not_learned_is_refused(two_batches, pipeline, fitted, 
     for without in (pipeline, CellEmbeddingPipeline(fitted.folder_)):
         with pytest.raises(DataError, match="no batches"):
             without.correct(query)
+
+
+def test_types_that_lie_in_one_batch_alone_are_told_with_corrected_cells(two_batches, query):
+    data = query.copy()
+    data.obs["batch"] = data.obs["cell_type"].astype(str)
+    told = CellEmbeddingPipeline(two_batches.model, {"batch_key": "batch", "labels_key": "cell_type"})
+    told.correct(data, key_added="cellplm")
+    assert "4 of 4 cell types lie in one of 4 batches alone" in data.uns["cellplm"]["warnings"][-1]
+    two_batches.correct(data, key_added="cellplm")
+    assert not any("batches alone" in sentence for sentence in data.uns["cellplm"].get("warnings", []))

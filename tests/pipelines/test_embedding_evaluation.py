@@ -64,6 +64,16 @@ def test_a_base_that_saw_the_cells_is_called_so(done):
     assert "SEEN IN PRE-TRAINING" in finished.report.markdown.read_text()
 
 
+def test_samples_that_coincide_with_types_are_told_in_the_notes(cells, tmp_path):
+    few = cells[:80].copy()
+    few.obs["batch"] = few.obs["cell_type"].astype(str)
+    write_h5ad(few, tmp_path / "few.h5ad")
+    data = {"few": {**ASKED, "path": str(tmp_path / "few.h5ad")}}
+    config = EmbeddingProtocol.model_validate({"data": data, "seeds": (0,), "out": str(tmp_path / "out"), "tracking_uri": NOBODY})
+    notes = run_embedding_protocol(config).evaluation.notes
+    assert any("few: 4 of 4 cell types lie in one of 4 batches alone" in note for note in notes)
+
+
 def test_whether_a_base_saw_a_file_is_known_or_said_to_be_unknown(base_model, tmp_path):
     path = tmp_path / "file.h5ad"
     path.write_bytes(b"cells")

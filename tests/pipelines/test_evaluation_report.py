@@ -102,3 +102,28 @@ def test_numbers_that_are_none_are_null_in_json():
     entry = Entry(Place("cells", "random", 0, 0), Method("cellplm", "model"), {"macro_f1": float("nan")}, 1.0)
     plain = json.loads(json.dumps(Evaluation("annotate", "macro_f1", (entry,)).plain(), allow_nan=False))
     assert plain["entries"][0]["metrics"]["macro_f1"] is None
+
+
+def test_those_who_cannot_see_a_picture_are_told_what_it_shows_in_both_files(evaluation, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    path = tmp_path / "pictures" / "a dot.png"
+    path.write_bytes(PNG)
+    picture = Picture("Dot", path, "One dot is enough.", 'a "dot" [1 pixel]')
+    report = write_report(replace(evaluation, pictures=(picture,)), tmp_path)
+    assert '![a "dot" (1 pixel)](pictures/a%20dot.png)\n\nOne dot is enough.' in report.markdown.read_text()
+    text = report.html.read_text()
+    assert 'alt="a &quot;dot&quot; [1 pixel]"' in text
+    assert "<figcaption>One dot is enough.</figcaption>" in text
+    assert json.loads(report.json.read_text())["pictures"][0]["alt"] == picture.alt
+
+
+def test_leads_without_a_test_are_not_said_to_have_one(evaluation, tmp_path):
+    text = write_report(replace(evaluation, splits_differ=False), tmp_path).markdown.read_text()
+    assert "p value of the corrected" not in text
+    assert "neither interval nor p value" in text
+
+
+def test_a_wide_table_scrolls_by_itself(evaluation, tmp_path):
+    text = write_report(evaluation, tmp_path).html.read_text()
+    assert text.count('<div class="wide"><table>') == 1
+    assert "div.wide { overflow-x: auto; }" in text

@@ -122,6 +122,28 @@ def test_genes_that_cannot_be_trusted_are_refused_and_listed(fitted, query):
     assert np.isfinite(found.X[:, ~refused]).all()
 
 
+def test_a_gene_of_unknown_expectation_is_refused_like_the_poorest(fitted, query):
+    state, wanted = fitted._state(), np.flatnonzero(fitted._state().wanted)
+    expected = np.where(np.arange(len(state.expected)) == wanted[2], np.nan, state.expected)
+    pipeline = SpatialImputationPipeline()
+    pipeline.adopt(fitted.folder_)
+    pipeline._known = replace(state, expected=expected)
+    found = pipeline.predict(query, {"min_correlation": -0.99})
+    assert found.var["refused"].tolist() == [number == 2 for number in range(N_HIDDEN)]
+    assert found.uns["cellplm"]["refused"] == [fitted.genes_[2]]
+    assert np.isnan(found.X[:, 2]).all()
+    assert not pipeline.predict(query, {"min_correlation": -1.0}).var["refused"].any(), "-1 refuses nothing"
+
+
+def test_an_answer_shares_nothing_with_the_cells_it_is_about(fitted, query):
+    for cells in (query.copy(), query[::2]):
+        before, found = cells.obsm["spatial"].copy(), fitted.predict(cells)
+        found.obsm["spatial"][:] = -1.0
+        found.obs["cell_type"] = "other"
+        np.testing.assert_array_equal(cells.obsm["spatial"], before)
+        assert (cells.obs["cell_type"].astype(str) != "other").all()
+
+
 def test_expected_correlations_lie_near_the_true_ones(fitted, tissue):
     true = fitted.score(tissue)["model"]["per_gene"]
     error = fitted.expected_correlation_ - np.array([true[gene] for gene in fitted.genes_])
@@ -192,6 +214,15 @@ def test_the_first_gene_of_a_panel_is_the_one_that_speaks_for_others():
     logs = np.column_stack([known, alone, hub, followers, followed_known])
     assert greedy_panel(logs, 1, 2)[0] in (2, 3, 4, 5)
     assert greedy_panel(logs, 1, 2)[1] == 1
+
+
+def test_no_panel_is_suggested_where_nothing_varies(query, reference):
+    lonely = SpatialImputationPipeline(config={**SHORT, "kept_reference": 1, "reference_cells": 1, "neighbours": 1, "ridges": ()})
+    lonely.fit(query, reference)
+    with pytest.raises(DataError, match="no gene varies over the kept reference"):
+        lonely.suggest_panel(3)
+    with pytest.raises(DataError, match="5 cells"):
+        greedy_panel(np.column_stack([np.arange(5.0), np.ones((5, 4))]), 1, 2)
 
 
 def test_patches_hold_every_cell_once_and_lie_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from cellplane.data.config import SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData, write_h5ad
 from cellplane.errors import DataError
-from cellplane.pipelines.imputation_protocol import CEILING, WITHIN, coverage, opened, run_imputation_protocol
+from cellplane.pipelines import imputation_protocol
+from cellplane.pipelines.imputation_config import ImputationConfig
+from cellplane.pipelines.imputation_protocol import CEILING, WITHIN, Round, coverage, opened, run_imputation_protocol
+from cellplane.pipelines.task_pictures import COVERED, COVERED_GENES, LEVELS, MAPS
 from cellplane.pipelines.task_protocols import ImputationProtocol, ImputedData
 from tests.pipelines.conftest import NOBODY, saved_base
 from tests.pipelines.test_imputation import SHORT
@@ -50,8 +54,49 @@ def test_every_shared_gene_is_hidden_once_a_seed_and_nothing_is_measured_twice(p
     assert "coverage_90 (0.9 is best)" in (tmp_path / "report.md").read_text()
     assert len(lines) == 2 * (len(rows) + 1)
     again: list[str] = []
-    run_imputation_protocol(config, again.append)
+    finished = run_imputation_protocol(config, again.append)
     assert again == []
+    assert [picture.path.read_bytes()[1:4] for picture in finished.evaluation.pictures] == [b"PNG"] * 5
+    assert "(pictures/tissue-tissue.png)" in finished.report.markdown.read_text()
+
+
+def test_what_is_kept_for_the_pictures_is_what_was_scored_and_small(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    monkeypatch.setattr(imputation_protocol, "short", lambda values, digits=4: np.asarray(values).tolist())  # a short fit hardly varies
+    data = {"tissue": {"path": str(path), "strip_um": 5}}
+    plain = {"data": data, "gene_folds": 2, "seeds": [3, 4], "recipe": SHORT, "out": str(tmp_path)}
+    config = ImputationProtocol.model_validate(plain)
+    evaluation = run_imputation_protocol(config).evaluation
+    ours = [entry for entry in evaluation.entries if entry.method.name == "cellplm"]
+    assert {entry.place.seed for entry in ours if MAPS in entry.details} == {3}
+    for entry in ours:
+        assert entry.details[COVERED][LEVELS.index(0.9)] == pytest.approx(entry.metrics["coverage_90"], abs=1e-3)
+        assert np.mean(list(entry.details[COVERED_GENES].values())) == pytest.approx(entry.metrics["coverage_90"], abs=1e-3)
+        for gene, kept in entry.details.get(MAPS, {}).get("genes", {}).items():
+            r = np.corrcoef(kept["truth"], kept["predicted"])[0, 1]
+            assert r == pytest.approx(entry.details["per_gene"][gene], abs=1e-3)
+    ledger = tmp_path / "entries.jsonl"
+    without = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for line in without:
+        line["details"] = {key: value for key, value in line["details"].items() if key not in (COVERED, COVERED_GENES, MAPS)}
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in without))
+    again: list[str] = []
+    earlier = run_imputation_protocol(config, again.append)
+    assert again == []
+    assert len(earlier.evaluation.pictures) == 3
+    assert "tissue.png" not in earlier.report.markdown.read_text().replace("tissue-", "")
+
+
+def test_a_part_of_many_cells_is_kept_and_nothing_without_coordinates(path, monkeypatch):
+    monkeypatch.setattr(imputation_protocol, "MAPPED_CELLS", 30)
+    query, reference = opened(ImputedData(path=str(path), strip_um=5))
+    gene = str(query.var_names[0])
+    one = Round(query, reference, ImputationConfig.model_validate({**SHORT, "genes": [gene], "keys": {"spatial_key": "spatial"}}))
+    answer = AnnData(X=np.ones((query.n_obs, 1)), var=pd.DataFrame(index=[gene]))
+    kept = one.maps(answer, {gene: 0.5})
+    assert len(kept["places"]) == len(kept["genes"][gene]["truth"]) == len(kept["genes"][gene]["predicted"]) == 30
+    del query.obsm["spatial"]
+    assert one.maps(answer, {gene: 0.5}) == {}
 
 
 def test_halves_lie_on_two_sides_of_a_strip(path, tissue):

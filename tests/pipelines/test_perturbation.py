@@ -16,7 +16,7 @@ from cellplane.errors import ColumnError, DataError, FileFormatError, Vocabulary
 from cellplane.model.perturbation import KINDS, PairedBatch
 from cellplane.pipelines.base import NotFittedError
 from cellplane.pipelines.perturbation import KNOWN, PerturbationPipeline, fitted_from
-from cellplane.pipelines.perturbation_cells import PairObjective, pairs_of, read_screen, understood
+from cellplane.pipelines.perturbation_cells import PairObjective, Perturbation, pairs_of, read_screen, understood
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.perturbation_evaluation import INPUT, TRAIN, TRUTH, Split, evaluate_perturbation
 from cellplane.pipelines.perturbation_fit import Fold, Measured, efficiencies, hidden_pairs, new_network, predicted, surest_step
@@ -287,9 +287,12 @@ def test_steps_are_taken_only_for_a_gain_that_is_no_accident():
 
 
 def test_what_was_measured_elsewhere_enters_by_its_share_and_only_where_it_was():
-    measured = Measured({"A": np.array([1.0, 3.0]), "B": np.array([3.0, 5.0])}, 0.25)
-    assert measured.blended(np.zeros(2), "A").tolist() == [0.25, 0.75]
-    assert measured.blended(np.ones(2), "C").tolist() == [1.0, 1.0]
+    one, other = Perturbation("A", (0,), 0), Perturbation("B", (1,), 0)
+    measured = Measured({one.key: np.array([1.0, 3.0]), other.key: np.array([3.0, 5.0])}, 0.25, [0.0] * len(KINDS))
+    assert measured.blended(np.zeros(2), one).tolist() == [0.25, 0.75]
+    assert measured.blended(np.zeros(2), replace(one, name="A alone")).tolist() == [0.25, 0.75]
+    assert measured.blended(np.ones(2), Perturbation("C", (2,), 0)).tolist() == [1.0, 1.0]
+    assert measured.blended(np.ones(2), replace(one, kind=1)).tolist() == [1.0, 1.0]
     assert measured.mean.tolist() == [2.0, 4.0]
 
 
@@ -307,7 +310,7 @@ def test_what_is_left_out_is_not_trained_on_nor_are_combinations_with_it(screen)
     split = Split.of(data, 0)
     pair = next(name for name in data.meaning if "+" in name)
     gene = pair.split("+")[0]
-    training = split.training(gene, "perturbation")
+    training = data.only(split.learning(gene, "perturbation"))
     assert not {gene, pair} & set(training.name)
     assert (training.name == "").sum() == (split.part == TRAIN).sum()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from cellplane.data.config import KnockoutConfig, SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import write_h5ad
 from cellplane.errors import DataError
+from cellplane.pipelines import perturbation_protocol
 from cellplane.pipelines.perturbation_protocol import CEILING, run_perturbation_protocol
+from cellplane.pipelines.task_pictures import CHANGES
 from cellplane.pipelines.task_protocols import PerturbationProtocol
 from tests.pipelines.conftest import NOBODY, saved_base
 from tests.pipelines.test_perturbation import SHORT
@@ -52,7 +55,36 @@ def test_every_perturbation_is_left_out_and_those_apart_have_their_own_table(nam
     leads = [note for note in evaluation.notes if "by perturbation" in note]
     assert [note.split("lead over ")[1].split()[0] for note in leads] == ["target_only", "mean_of_others", "no_change"]
     again: list[str] = []
-    run_perturbation_protocol(config, again.append)
+    finished = run_perturbation_protocol(config, again.append)
+    assert again == []
+    told = finished.report.markdown.read_text()
+    for table in ("screen-perturbation-left-out", "screen-perturbation-left-out-apart"):
+        assert f"(pictures/{table}-perturbations.png)" in told
+        assert f"(pictures/{table}-changes.png)" in told
+
+
+def test_the_changes_that_are_kept_are_those_that_were_scored(names_and_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    monkeypatch.setattr(perturbation_protocol, "DRAWN_GENES", 5)
+    names, path = names_and_path
+    config = configured(path, tmp_path, [])
+    entries = run_perturbation_protocol(config).evaluation.entries
+    (ours,) = [entry for entry in entries if entry.method.name == "cellplm"]
+    kept, scores = ours.details[CHANGES], ours.details["by_perturbation"]
+    assert len(kept["of"]) == 3
+    assert {max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)} < kept["of"].keys() <= set(names)
+    assert len(kept["genes"]) <= 40
+    for name, change in kept["of"].items():
+        assert change["pearson"] == scores[name]
+        assert len(change["truth"]) == len(change["predicted"]) == len(kept["genes"])
+        assert [kept["genes"][gene] for gene in change["targets"]] == name.split("+")
+        assert len({kept["genes"][gene] for gene in change["de"]}) == 20
+    assert not any(CHANGES in entry.details for entry in entries if entry is not ours)
+    ledger = tmp_path / "entries.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    ledger.write_text("".join(json.dumps({**one, "details": {**one["details"], CHANGES: None}}) + "\n" for one in lines))
+    again: list[str] = []
+    assert len(run_perturbation_protocol(config, again.append).evaluation.pictures) == 1
     assert again == []
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import scipy.stats
 
-from cellplane.pipelines.perturbation_scores import Case, correlation, discrimination, measures, summary
+from cellplane.data.sentences import CellTable
+from cellplane.genes import GeneVocabulary
+from cellplane.pipelines.gene_names import GeneNames
+from cellplane.pipelines.perturbation_cells import Pair, Perturbation, Screen
+from cellplane.pipelines.perturbation_scores import Case, correlation, differential, discrimination, in_common, measures, summary
 
 GENES = 60
 
@@ -19,7 +26,8 @@ def cases(n: int = 6, noise: float = 0.0) -> list[Case]:
         truth = common + rng.normal(size=GENES)
         answers = {"perfect": truth, "common": common, "nothing": np.zeros(GENES)}
         de = np.argsort(-np.abs(truth))[:20]
-        found.append(Case(f"P{index}", truth + noise * rng.normal(size=GENES), answers, de, (int(de[0]),), 0.9))
+        measured = truth + noise * rng.normal(size=GENES)
+        found.append(Case(f"P{index}", measured, answers, de, (int(de[0]),), 0.9, tuple(f"G{gene}" for gene in range(GENES))))
     return found
 
 
@@ -52,7 +60,7 @@ def test_without_the_target_its_own_change_does_not_count():
 
 def test_unreliable_perturbations_are_listed_apart():
     some = cases()
-    some[0] = Case(some[0].name, some[0].truth, some[0].answers, some[0].de, some[0].targets, 0.1)
+    some[0] = replace(some[0], reliability=0.1)
     found = summary(some)
     assert found["unreliable"] == {"P0": 0.1}
     assert "P0" not in found["perturbations"]
@@ -66,6 +74,63 @@ def test_the_interval_holds_the_mean_and_narrows_with_certainty():
     assert low <= found["pearson"] <= high
     assert high - low > 0
     assert summary(cases())["perfect"]["interval"] == pytest.approx([1, 1])
+
+
+def of_genes(case: Case, kept: np.ndarray) -> Case:
+    """As a training set tells it that chose these genes alone."""
+    place = {int(gene): at for at, gene in enumerate(kept)}
+    return replace(
+        case,
+        truth=case.truth[kept],
+        answers={name: answer[kept] for name, answer in case.answers.items()},
+        de=np.array([place[gene] for gene in case.de.tolist() if gene in place]),
+        targets=tuple(place[gene] for gene in case.targets if gene in place),
+        genes=tuple(case.genes[gene] for gene in kept),
+    )
+
+
+def test_perturbations_are_told_apart_over_the_genes_that_all_have():
+    some = cases(noise=1.0)
+    shorter = [of_genes(some[0], np.arange(5, GENES)), of_genes(some[1], np.arange(GENES - 5)), *some[2:]]
+    everywhere = [of_genes(case, np.arange(5, GENES - 5)) for case in some]
+    for case, expected in zip(in_common(shorter), everywhere, strict=True):
+        assert case.genes == expected.genes
+        assert (case.de.tolist(), case.targets) == (expected.de.tolist(), expected.targets)
+        np.testing.assert_array_equal(case.truth, expected.truth)
+    for method in ("perfect", "common"):
+        assert discrimination(shorter, method) == discrimination(everywhere, method)
+    assert in_common(some) == some
+
+
+def test_genes_that_tell_groups_apart_are_not_differential():
+    rng = np.random.default_rng(0)
+    group, perturbed = np.repeat(["a", "b"], 200), np.concatenate([np.arange(20), np.arange(200, 290)])  # 10 %, then 45 %
+    logs = rng.normal(1, 0.1, (400, GENES))
+    logs[group == "b", :20] += 2  # in all cells of the group
+    logs[perturbed, 20:40] += 0.1
+    one = Perturbation("P", (20,), 0)
+    control = np.setdiff1d(np.arange(400), perturbed)
+    pairs = [Pair(name, name, one, control[group[control] == name], perturbed[group[perturbed] == name]) for name in ("a", "b")]
+    found = differential(screen_of(logs, group), pairs)
+    assert set(found.tolist()) == set(range(20, 40))
+
+
+def test_in_one_group_differential_is_welchs_t():
+    logs = np.random.default_rng(1).normal(1, 0.1, (60, GENES))
+    rows = np.arange(60)
+    found = differential(screen_of(logs, np.repeat("a", 60)), [Pair("a", "a", Perturbation("P", (0,), 0), rows[:20], rows[20:])])
+    t = scipy.stats.ttest_ind(logs[20:], logs[:20], equal_var=False).statistic
+    assert set(found.tolist()) == set(np.argsort(-np.abs(t))[:20].tolist())
+
+
+def screen_of(logs: np.ndarray, group: np.ndarray) -> Screen:
+    """Cells of which only log counts matter."""
+    genes = tuple(f"G{gene}" for gene in range(GENES))
+    table = CellTable(np.zeros(len(logs) + 1, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, np.float32), np.ones(GENES, bool))
+    names = GeneNames(GeneVocabulary(genes, "symbol"), genes)
+    screen = Screen(table, names, group.astype(object), np.full(len(logs), "", dtype=object), {}, 1.0, {})
+    screen.__dict__["logs"] = logs
+    return screen
 
 
 def test_one_perturbation_cannot_be_told_from_others():

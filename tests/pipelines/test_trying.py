@@ -321,6 +321,22 @@ def test_nothing_is_written_where_nothing_is_asked(place, tmp_path):
     assert "nothing to answer" in told
 
 
+def test_two_files_of_one_name_have_folders_of_their_own(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("CELLPLANE_HOME", str(tmp_path / "home"))
+    for name in ("one", "other"):
+        write_h5ad(read_h5ad(place / "cells.h5ad"), tmp_path / name / "cells.h5ad")
+    configs = {name: denoising(place, data=str(tmp_path / name / "cells.h5ad"), out=None) for name in ("one", "other")}
+    folders = {name: config.folder for name, config in configs.items()}
+    assert folders["one"] != folders["other"]
+    assert all(folder.name.startswith("denoise-cells-") and folder.parent == tmp_path / "home" / "tried" for folder in folders.values())
+    monkeypatch.chdir(tmp_path / "one")
+    assert denoising(place, data="cells.h5ad", out=None).folder == folders["one"], "however the file is named"
+    assert annotation(place, data="cells.h5ad", out=None).folder != folders["one"], "another task"
+    pages = {name: run_try(config).page for name, config in configs.items()}
+    assert len(set(pages.values())) == 2
+    assert all(page.is_file() and page.with_suffix(".md").is_file() for page in pages.values())
+
+
 def test_the_answer_never_has_the_name_of_the_file(place):
     config = TryConfig(data=str(place / "cells.h5ad"), out=str(place))
     assert config.answer != Path(config.data)

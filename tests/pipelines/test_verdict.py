@@ -7,7 +7,7 @@ import pytest
 
 from cellplane.errors import DataError
 from cellplane.pipelines.metrics import annotation_scores
-from cellplane.pipelines.verdict import Lead, Measure, Verdict, macro_f1_lead, mean_lead
+from cellplane.pipelines.verdict import Lead, Measure, Verdict, few_lead, halves_lead, macro_f1_lead, mean_lead
 
 F1 = Measure("macro-F1", "hidden cells")
 
@@ -105,3 +105,43 @@ def test_small_leads_are_told_with_more_digits():
 
 def test_errors_are_better_small():
     assert "(smaller is better)" in verdict(Lead(0, 0, 0), measure=Measure("error", "cells", lower_is_better=True)).text
+
+
+def test_below_the_fewest_units_nothing_follows_and_the_simple_method_answers():
+    found = verdict(Lead(0.1, 0.05, 0.15), n=2, least=3, remark="More cells would help.")
+    assert (found.decision, found.winner) == ("too few", "ridge")
+    assert found.text.startswith("Too few to tell: 2 hidden cells, at least 3 are needed. Over 2 hidden cells, ")
+    assert found.text.endswith("More cells would help.")
+    assert "Over" not in verdict(Lead(0.1, 0.05, 0.15), n=0, least=3).text
+    assert verdict(Lead(0.1, 0.05, 0.15), n=3, least=3).decision == "model"
+
+
+def test_the_row_of_the_model_that_was_chosen_is_the_one_to_use():
+    found = verdict(Lead(0.1, 0.05, 0.15), ours="cellplm, evened")
+    assert found.text.startswith("Use cellplm, evened. ")
+    assert found.winner == "cellplm, evened"
+
+
+def test_three_leads_of_one_sign_may_be_chance():
+    """A coin gives them once in four times: no unit drawn again has the other sign, so the bootstrap alone would be sure."""
+    leads = [0.1, 0.5, 0.9]
+    assert mean_lead(np.array(leads)).low > 0
+    assert few_lead(leads).low < 0 < few_lead(leads).mean == pytest.approx(0.5)
+    assert few_lead([0.49, 0.5, 0.51]).low > 0
+    assert few_lead([0.2]) == mean_lead(np.array([0.2]))
+    many = np.random.default_rng(0).normal(0.1, 1.0, 300).tolist()
+    assert few_lead(many).low == pytest.approx(mean_lead(np.array(many)).low, abs=0.01)
+
+
+def test_more_halves_do_not_make_the_interval_of_the_halves_narrower():
+    """Halves of 400 numbers: the interval is that of the mean of all 400, however often they are halved."""
+    generator = np.random.default_rng(0)
+    numbers = generator.normal(size=400)
+    widths = {}
+    for halvings in (20, 200):
+        dealt = [np.array_split(generator.permutation(numbers), 2) for _ in range(halvings)]
+        lead = halves_lead([float(half.mean()) for pair in dealt for half in pair])
+        assert lead.mean == pytest.approx(numbers.mean())
+        widths[halvings] = lead.high - lead.low
+    assert widths[20] == pytest.approx(2 * 1.96 * numbers.std() / 20, rel=0.4)
+    assert widths[200] == pytest.approx(2 * 1.96 * numbers.std() / 20, rel=0.15)

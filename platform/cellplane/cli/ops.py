@@ -38,12 +38,15 @@ TASK_SCHEMAS = {  # where the task of a file says more than its kind
     ("evaluate", "denoise protocol"): ("cellplane.pipelines.task_protocols", "DenoisingProtocol"),
     ("evaluate", "impute protocol"): ("cellplane.pipelines.task_protocols", "ImputationProtocol"),
     ("evaluate", "perturb protocol"): ("cellplane.pipelines.task_protocols", "PerturbationProtocol"),
+    ("evaluate", "unknown protocol"): ("cellplane.pipelines.task_protocols", "UnknownProtocol"),
     ("evaluate", "denoise"): ("cellplane.pipelines.config", "DenoiseEvaluation"),
     ("finetune", "denoise"): ("cellplane.pipelines.config", "DenoiseJobConfig"),
     ("finetune", "impute"): ("cellplane.pipelines.imputation_job", "ImputeJobConfig"),
     ("finetune", "perturb"): ("cellplane.pipelines.perturbation_job", "PerturbJobConfig"),
     ("try", "denoise"): ("cellplane.pipelines.try_config", "TryDenoising"),
+    ("try", "embed"): ("cellplane.pipelines.try_config", "TryEmbedding"),
     ("try", "impute"): ("cellplane.pipelines.try_config", "TryImputation"),
+    ("try", "perturb"): ("cellplane.pipelines.try_config", "TryPerturbation"),
 }
 
 

@@ -15,6 +15,7 @@ PROTOCOLS = {  # task -> its configuration, and what runs it
     "embed": ("protocol_config.EmbeddingProtocol", "cellplane.pipelines.embedding_evaluation", "run_embedding_protocol"),
     "impute": ("task_protocols.ImputationProtocol", "cellplane.pipelines.imputation_protocol", "run_imputation_protocol"),
     "perturb": ("task_protocols.PerturbationProtocol", "cellplane.pipelines.perturbation_protocol", "run_perturbation_protocol"),
+    "unknown": ("task_protocols.UnknownProtocol", "cellplane.pipelines.unknown_protocol", "run_unknown_protocol"),
 }
 
 

@@ -47,9 +47,12 @@ CONFIGS = {  # every folder of configs/ with the classes that read its files
         "cellplane.pipelines.task_protocols:DenoisingProtocol",
         "cellplane.pipelines.task_protocols:ImputationProtocol",
         "cellplane.pipelines.task_protocols:PerturbationProtocol",
+        "cellplane.pipelines.task_protocols:UnknownProtocol",
     ),
     "annotate": ("cellplane.pipelines.folder_annotation:AnnotateConfig",),
-    "try": ("cellplane.pipelines.try_config:TryConfig",),
+    "try": tuple(
+        f"cellplane.pipelines.try_config:Try{task}" for task in ("Annotation", "Embedding", "Imputation", "Denoising", "Perturbation")
+    ),
     "predict": ("cellplane.batch:PredictConfig",),
     "serve": ("cellplane.serve.deployment:ServeConfig",),
     "cluster": ("cellplane.cluster:StackConfig",),

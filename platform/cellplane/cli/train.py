@@ -159,6 +159,16 @@ def evaluate_perturb(
     protocol_run("perturb", protocol, override or [], as_json)
 
 
+@evaluate_app.command("unknown")
+def evaluate_unknown(
+    protocol: Annotated[str, typer.Option("--protocol", help="A full protocol, file or shipped.")] = "cpu_unknown",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Cell types left out in turn and told from known ones. Beside simple scores; run it again to go on after a stop."""
+    protocol_run("unknown", protocol, override or [], as_json)
+
+
 @evaluate_app.command("pretraining")
 def evaluate_pretraining(
     model: Annotated[str, typer.Option("--model", help="Model folder or models:/NAME@ALIAS.")],

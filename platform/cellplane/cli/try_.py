@@ -13,18 +13,19 @@ try_app = typer.Typer(
     help="Find out whether to use it on your data. A part is hidden; the model and simple methods look for it.", no_args_is_help=True
 )
 File = Annotated[Path | None, typer.Argument(help="h5ad of your cells; it is never changed.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model to start from: folder or models:/NAME@ALIAS.")]
+Model = Annotated[str | None, typer.Option("--model", "--base-model", help="Base model to start from: folder or models:/NAME@ALIAS.")]
 Auto = Annotated[bool, typer.Option("--auto", help="Also write the winner's answer, whichever won.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the report and the answer.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of what is hidden, and of the fits.")]
 BatchKey = Annotated[str | None, typer.Option(help="obs column of the sample or slide.")]
+LabelsKey = Annotated[str | None, typer.Option(help="obs column of the cell types (cell_type).")]
 
 
 @try_app.command("annotate")
 def try_annotate(
     file: File = None,
     reference: Annotated[Path | None, typer.Option("--reference", help="Labelled h5ad to learn from instead of the file's labels.")] = None,
-    labels_key: Annotated[str | None, typer.Option(help="obs column of the cell types (cell_type).")] = None,
+    labels_key: LabelsKey = None,
     batch_key: BatchKey = None,
     model: Model = None,
     auto: Auto = False,
@@ -72,6 +73,44 @@ def try_denoise(
     """Take counts out and foretell them; --auto denoises all cells."""
     options = {"data": file, "base_model": model, "auto": auto, "out": out, "seed": seed, "recipe.keys.batch_key": batch_key}
     _try("denoise", config, [*given(options), *(override or [])], as_json)
+
+
+@try_app.command("embed")
+def try_embed(
+    file: File = None,
+    labels_key: LabelsKey = None,
+    batch_key: BatchKey = None,
+    model: Model = None,
+    auto: Auto = False,
+    out: Out = None,
+    seed: Seed = None,
+    config: ConfigOption = "embed",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Place cells by a base model and see whether cell types stay together. --auto writes obsm["X_auto"]."""
+    options = {"data": file, "base_model": model, "auto": auto, "out": out, "seed": seed}
+    options |= {"keys.labels_key": labels_key, "keys.batch_key": batch_key}
+    _try("embed", config, [*given(options), *(override or [])], as_json)
+
+
+@try_app.command("perturb")
+def try_perturb(
+    file: File = None,
+    labels_key: Annotated[str | None, typer.Option(help="obs column of the cell types; needed below three perturbations.")] = None,
+    batch_key: BatchKey = None,
+    model: Model = None,
+    auto: Auto = False,
+    out: Out = None,
+    seed: Seed = None,
+    config: ConfigOption = "perturb",
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Leave perturbations out and foretell them from control cells. --auto keeps the model, where it won."""
+    options = {"data": file, "base_model": model, "auto": auto, "out": out, "seed": seed}
+    options |= {"recipe.keys.labels_key": labels_key, "recipe.keys.batch_key": batch_key}
+    _try("perturb", config, [*given(options), *(override or [])], as_json)
 
 
 def _try(task: str, config: str | None, overrides: list[str], as_json: bool) -> None:

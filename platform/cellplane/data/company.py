@@ -1,6 +1,7 @@
 """In whose company a model reads the cells it is asked about: the sentences of an answer (PROTOCOLS 2).
 
-own: the cells asked about, each sample in sentences of its own. section: the same, but every sentence a patch of tissue.
+own: the cells asked about, each sample in sentences of its own; for a model that reads where cells lie, these are patches of
+tissue. section: patches for any model.
 self: every cell alone. panel: as own, with the model's own reference cells in every sentence. Another data set: its cells
 join the sentences as read-only tokens, with their counts and places and nothing else. Everything is deterministic, and what
 was done is told in one line, for `uns["cellplm"]["context"]`.
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from cellplane.cells import CellBatch
 from cellplane.data.columns import as_names
-from cellplane.data.order import hilbert, sentence_patches
+from cellplane.data.patches import patches, patches_of
 from cellplane.data.sentences import CellTable, MemoryStore, memory_store
 from cellplane.errors import ConfigError, DataError
 from cellplane.seeds import keyed_seed
@@ -108,14 +109,15 @@ def own_store(table: CellTable, max_cells: int) -> MemoryStore:
 
 
 def section_store(table: CellTable, max_cells: int) -> MemoryStore:
-    """Each sample cut into patches along a space-filling curve; ConfigError for cells without coordinates."""
+    """Each sample cut into patches; ConfigError for cells without coordinates."""
     if table.coordinates is None:
         raise ConfigError("the context 'section' needs to know where cells lie: name the obsm entry of their coordinates, keys.spatial_key")
-    if table.n_cells == 0:
-        return own_store(table, max_cells)
-    codes = None if table.batch is None else as_names(table.batch).codes
-    rows, edges = sentence_patches(codes, table.coordinates, max_cells)
-    return MemoryStore(table, [np.sort(part) for part in np.split(rows, edges[1:-1])])
+    return near_store(table, max_cells)
+
+
+def near_store(table: CellTable, max_cells: int) -> MemoryStore:
+    """Each sample cut into patches, or as `own_store` where nobody knows where cells lie."""
+    return own_store(table, max_cells) if table.coordinates is None else MemoryStore(table, patches(table, max_cells))
 
 
 def self_store(table: CellTable, max_cells: int) -> MemoryStore:  # noqa: ARG001  (same call for every context)
@@ -124,16 +126,25 @@ def self_store(table: CellTable, max_cells: int) -> MemoryStore:  # noqa: ARG001
 
 
 CONTEXTS: dict[str, Callable[[CellTable, int], MemoryStore]] = {"own": own_store, "section": section_store, "self": self_store}
+NEAR = "own, near"  # what "own" means to a model that reads where cells lie
 PANEL_TOLD = "panel: sentences of at most {} cells of one batch and the model's {} reference cells"
 TOLD = {
     "own": "own: sentences of at most {} cells of one batch, dealt by seed 0",
     "section": "section: patches of at most {} neighbouring cells of one batch",
     "self": "self: every cell alone",
+    NEAR: "own: patches of at most {} neighbouring cells of one batch, where they have coordinates",
 }
+
+
+def context_for(context: str, reads_places: bool) -> str:
+    """What a context's name means to a model."""
+    return NEAR if context == "own" and reads_places else context
 
 
 def store_in(context: str, table: CellTable, max_cells: int) -> tuple[MemoryStore, str]:
     """The cells in this context, and what to record of it; ConfigError for a name that is none."""
+    if context == NEAR:
+        return near_store(table, max_cells), TOLD[NEAR].format(max_cells)
     if context not in CONTEXTS:
         raise ConfigError(
             f"no context {context!r}; there are {', '.join((*CONTEXTS, 'panel'))}, or give an AnnData whose cells to read beside"
@@ -213,7 +224,5 @@ def _patches(table: CellTable, others: CellTable, group: Group, max_cells: int) 
     assert others.coordinates is not None
     asked, near = group
     rows = np.concatenate([asked, table.n_cells + near])
-    places = np.concatenate([table.coordinates[asked], others.coordinates[near]])
-    along = rows[np.argsort(hilbert(places), kind="stable")]
-    parts = np.array_split(along, -(-len(along) // max_cells))
-    return [np.sort(part) for part in parts if (part < table.n_cells).any()]
+    places = np.concatenate([table.coordinates, others.coordinates])
+    return [np.sort(part) for part in patches_of(rows, places, max_cells) if (part < table.n_cells).any()]

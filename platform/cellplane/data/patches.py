@@ -17,17 +17,18 @@ def patches(table: CellTable, size: int, seed: int = 0) -> list[Rows]:
 
     Cells without coordinates are dealt at random. The same cells give the same patches, always.
     """
-    if table.coordinates is None:
+    if table.coordinates is None or table.n_cells == 0:
         return contexts(None if table.batch is None else [str(key) for key in table.batch], table.n_cells, size, seed)
     slides = np.zeros(table.n_cells, dtype=np.int64) if table.batch is None else np.unique(table.batch.astype(str), return_inverse=True)[1]
-    located = np.isfinite(table.coordinates).all(1)
-    found: list[Rows] = []
-    for slide in np.unique(slides):
-        rows = np.flatnonzero((slides == slide) & located)
-        found.extend(_halved(rows, table.coordinates, size) if len(rows) else [])
-        lost = np.flatnonzero((slides == slide) & ~located)
-        found.extend(lost[part] for part in contexts(None, len(lost), size, seed) if len(lost))
-    return found
+    return [part for slide in np.unique(slides) for part in patches_of(np.flatnonzero(slides == slide), table.coordinates, size, seed)]
+
+
+def patches_of(rows: Rows, coordinates: NDArray[np.float32], size: int, seed: int = 0) -> list[Rows]:
+    """The same of one slide: its ``rows`` of ``coordinates`` [n, 2]."""
+    located = np.isfinite(coordinates[rows]).all(1)
+    found = list(_halved(rows[located], coordinates, size)) if located.any() else []
+    lost = rows[~located]
+    return [*found, *(lost[part] for part in contexts(None, len(lost), size, seed) if len(lost))]
 
 
 def _halved(rows: Rows, coordinates: NDArray[np.float32], size: int) -> Iterator[Rows]:

@@ -197,7 +197,14 @@ def cell_table(
         labels=labels,
         empty=np.diff(source.matrix.indptr) == 0,
     )
-    return table, {**count_report(source), "gene_naming": naming, "gene_table": alignment.table, **alignment.report()}
+    carried = count_share(float(rows.data.sum(dtype=np.float64)), float(source.matrix.data.sum(dtype=np.float64)))
+    named = {"gene_naming": naming, "gene_table": alignment.table, **alignment.report()}
+    return table, {**count_report(source), **named, "count_share": carried}
+
+
+def count_share(known: float, total: float) -> float | None:
+    """Share of all counts that lie in genes of the vocabulary; None where there are none."""
+    return known / total if total > 0 else None
 
 
 def count_report(source: CountSource) -> dict[str, object]:

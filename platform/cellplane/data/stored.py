@@ -32,7 +32,7 @@ from cellplane.data.looking import NotCountsError, counts_at, look
 from cellplane.data.naming import best_naming, default_naming, gene_namings, to_vocabulary
 from cellplane.data.reader import CellReader
 from cellplane.data.sentences import CellTable
-from cellplane.data.sources import known_keys
+from cellplane.data.sources import count_share, known_keys
 from cellplane.errors import about
 from cellplane.genes import GeneAlignment, GeneVocabulary
 
@@ -238,7 +238,8 @@ def store_cells(path: Path, vocabulary: GeneVocabulary, keys: DataKeys, folder: 
         )
         columns = alignment.positions if place != "raw.X" else _places_in_x(reader, alignment)
     counted = {"count_source": place, "recovered": recovered, "largest_deviation": laid.deviation}
-    return Stored(table, {**counted, "gene_naming": naming, "gene_table": alignment.table, **alignment.report()}, columns)
+    named = {"gene_naming": naming, "gene_table": alignment.table, **alignment.report()}
+    return Stored(table, {**counted, **named, "count_share": count_share(float(laid.sums.sum()), laid.total)}, columns)
 
 
 def check_answerable(path: Path, keys: DataKeys, vocabulary: GeneVocabulary) -> None:
@@ -267,12 +268,13 @@ class _Laid:
     sums: NDArray[np.float64]
     entries: Entries
     deviation: float
+    total: float
 
 
 def _lay_down(parts: Iterable[tuple[int, sp.csr_matrix, float]], alignment: GeneAlignment, n_cells: int, folder: Path) -> _Laid:
     entries, deviation = _Laying(alignment.n_vocabulary, folder), 0.0
     lengths, sums = np.zeros(n_cells + 1, dtype=np.int64), np.zeros(n_cells)
-    empty = np.zeros(n_cells, dtype=bool)
+    empty, total = np.zeros(n_cells, dtype=bool), 0.0
     for row, matrix, off in parts:
         rows = to_vocabulary(matrix, alignment)
         there = slice(row, row + rows.shape[0])
@@ -280,8 +282,8 @@ def _lay_down(parts: Iterable[tuple[int, sp.csr_matrix, float]], alignment: Gene
         empty[there] = np.diff(matrix.indptr) == 0
         sums[there] = _sums(rows)
         entries.append(rows.indices, rows.data.astype(np.float32, copy=False))
-        deviation = max(deviation, off)
-    return _Laid(np.cumsum(lengths), empty, sums, entries.done(), deviation)
+        deviation, total = max(deviation, off), total + float(matrix.data.sum(dtype=np.float64))
+    return _Laid(np.cumsum(lengths), empty, sums, entries.done(), deviation, total)
 
 
 def _sums(rows: sp.csr_matrix) -> NDArray[np.float64]:

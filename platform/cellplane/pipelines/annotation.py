@@ -27,8 +27,9 @@ from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.members import pack_members
 from cellplane.cells import CellBatch
 from cellplane.config import fingerprint
-from cellplane.data.company import Context
+from cellplane.data.company import READ_ONLY, Context, SharedStore, near_store, store_beside
 from cellplane.data.config import UNLABELLED as UNLABELLED
+from cellplane.data.confounding import confounding
 from cellplane.data.sentences import CellTable, MemoryStore, PlanConfig, StepPlan, memory_store
 from cellplane.data.sources import AnnData, cell_table, column
 from cellplane.errors import ConfigError, DataError
@@ -36,7 +37,6 @@ from cellplane.inference import UNKNOWN, Annotation, Read, query_keys, read_cell
 from cellplane.model.cellplm import CellPLM, new_model
 from cellplane.pipelines.base import (
     Estimator,
-    as_config,
     base_name,
     check_transfer,
     known_labels,
@@ -50,6 +50,7 @@ from cellplane.pipelines.judging import asked_judgement, check_judging, judged
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
 from cellplane.pipelines.neighbours import voting_network
 from cellplane.pipelines.probe import Probe, ProbeObjective, shifted, stacked, without_counts
+from cellplane.results import WARNINGS
 from cellplane.seeds import keyed_seed
 from cellplane.train.config import TransferConfig
 from cellplane.train.finetune import Best, Course, Look, Progress, device_named, finetune
@@ -59,7 +60,8 @@ from cellplane.train.objective import MaskedObjective
 log = logging.getLogger(__name__)
 
 LABEL_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__}  # from the text that a model keeps
-Split = tuple[MemoryStore, MemoryStore]  # training and validation cells
+Store = MemoryStore | SharedStore
+Split = tuple[MemoryStore, Store]  # training and validation cells
 TRANSFERRED = ("embedder.", "encoder.")  # what a fine-tuned model takes over from its base
 
 
@@ -83,6 +85,7 @@ class CellTypeAnnotationPipeline(Estimator):
         pretrain_directory: str | Path | None = None,
     ) -> None:
         super().__init__(model, config, pretrain_prefix=pretrain_prefix, pretrain_directory=pretrain_directory)
+        self._told: AnnotationConfig = self.configured(None)  # what a fit learns by, until the next one
 
     @property
     def classes_(self) -> tuple[Any, ...]:
@@ -105,21 +108,22 @@ class CellTypeAnnotationPipeline(Estimator):
         """Learns the labels in ``label_fields[0]`` (default: config.keys.labels_key); cells without a label or counts are left out.
 
         The AnnData is not changed. With a ``keeping`` a fit that was killed goes on where it was. Raises DataError for
-        fewer than two cell types, ColumnError for an unknown column.
+        fewer than two cell types, and with `unknown.reject` for one called "unknown"; ColumnError for an unknown column.
         """
         if label_fields is not None and len(label_fields) != 1:
             raise ConfigError(f"one label field can be learned at a time, found {list(label_fields)}")
-        self.config = self.configured(config)
-        check_transfer(self.config.transfer, self.base, new=("latent",))
-        keys = self.config.keys if label_fields is None else self.config.keys.model_copy(update={"labels_key": label_fields[0]})
-        self.config = self.config.model_copy(update={"keys": keys})
+        self._told = self.configured(config)
+        check_transfer(self._told.transfer, self.base, new=("latent",))
+        keys = self._told.keys if label_fields is None else self._told.keys.model_copy(update={"labels_key": label_fields[0]})
+        self._told = self._told.model_copy(update={"keys": keys})
         if keys.labels_key is None:
             raise ConfigError("no label column is named: pass label_fields=[...] or set keys.labels_key")
         classes = label_classes(column(data, keys.labels_key), keys.labels_key)
-        check_judging(self.config, classes)
+        check_judging(self._told, classes)
         kind = label_type(data.obs[keys.labels_key], keys.labels_key)
-        start, vocabulary = starting_model(self.base, data, keys, self.config.new_genes)
+        start, vocabulary = starting_model(self.base, data, keys, self._told.new_genes)
         table, report = cell_table(data, vocabulary, keys, classes)
+        warned = confounding(data, keys)
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
         known = np.flatnonzero(table.labels >= 0)
@@ -130,22 +134,24 @@ class CellTypeAnnotationPipeline(Estimator):
         stores = self._split(table)
         network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
-        common = stores if self.config.unknown.reject else None
-        others = [self._member(number, start, (table, common), sizes) for number in range(1, 1 if self._votes else self.config.members)]
+        common = stores if self._told.unknown.reject else None
+        others = [self._member(number, start, (table, common), sizes) for number in range(1, 1 if self._votes else self._told.members)]
         self.history_ = best.history
         folder = ModelFolder(
             config=network.config,
             weights={**network.cpu().state_dict(), **best.weights},
             vocabulary=vocabulary,
             task="annotate",
-            max_cells=self.config.max_cells,
+            max_cells=self._told.max_cells,
             classes=classes,
-            lineage=self._lineage(best, table.n_cells, report) | ({"label_type": kind} if kind in LABEL_TYPES else {}),
+            lineage=self._lineage(best, table.n_cells, report)
+            | ({"label_type": kind} if kind in LABEL_TYPES else {})
+            | ({} if warned is None else {WARNINGS: warned}),
         )
         members = pack_members(others)
         answering = folder if common is None else replace(folder, attachments=members)  # else the others know the validation cells
-        self.folder_ = replace(folder, attachments={**judged(answering, stores, self.config).attachments, **members})
-        self.adopt(self.folder_)
+        judgement = judged(answering, stores, self._told).attachments
+        self._answer_with(replace(folder, attachments={**judgement, **members}), self._told)
         return self
 
     def predict(
@@ -201,7 +207,7 @@ class CellTypeAnnotationPipeline(Estimator):
 
         Labels not learned count as wrong, and so do refused cells and broader names where the model gives such.
         """
-        key = label_fields[0] if label_fields else self.config.keys.labels_key
+        key = label_fields[0] if label_fields else self.settings().keys.labels_key
         if key is None:
             raise ConfigError("no label column is named: pass label_fields=[...]")
         truth, labelled = known_labels(data, key)
@@ -216,33 +222,38 @@ class CellTypeAnnotationPipeline(Estimator):
 
     def _annotate(self, data: AnnData, config: Mapping[str, Any] | None, context: Context | AnnData) -> tuple[Annotation, Read]:
         predictor = self._fitted()
-        keys = self.config.keys if config is None else as_config(AnnotationConfig, config, self.config).keys
-        judgement = asked_judgement(predictor.judgement, config, predictor.folder.classes)
+        keys = self.settings(config).keys
+        judgement = asked_judgement(predictor.judgement, self._since(config), predictor.folder.classes)
         company = predictor.company(context)
         read = read_cells(data, predictor.folder.vocabulary, query_keys(data, keys), predictor.folder.max_cells, context=company)
         return predictor.annotate(read.store, judgement), read
 
     @property
     def _votes(self) -> bool:
-        return self.config.method == "neighbours"
+        return self._told.method == "neighbours"
 
     def _split(self, table: CellTable) -> Split:
         """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
         assert table.labels is not None
-        kept, held_out = stratified_split(table.labels, self.config.validation_share, self.config.seed)
+        kept, held_out = stratified_split(table.labels, self._told.validation_share, self._told.seed)
         if len(held_out) == 0:
             raise DataError(
-                f"a validation_share of {self.config.validation_share} holds out none of {table.n_cells} labelled cells, but some must "
+                f"a validation_share of {self._told.validation_share} holds out none of {table.n_cells} labelled cells, but some must "
                 "choose the best step; raise it, or label more cells of each type"
             )
-        training, validation = (memory_store(table.rows(rows), self.config.max_cells) for rows in (kept, held_out))
-        return training, validation
+        training, validation = table.rows(kept), table.rows(held_out)
+        most, config = self._told.max_cells, self._told.model if self.base is None else self.base.config
+        if config.local_blocks == 0 or table.coordinates is None:
+            return memory_store(training, most), memory_store(validation, most)
+        if self._told.transfer.learn == "head" or most < 2:  # a probe reads plain sentences
+            return near_store(training, most), near_store(validation, most)
+        return near_store(training, most), store_beside(validation, training, most)[0]  # as dense as the tissue that will be asked about
 
     def _begun(self, start: ModelFolder | None, table: CellTable, sizes: tuple[int, int]) -> CellPLM:
         """The network as training finds it; ``sizes`` = (genes, classes)."""
         network = self._network(start, *sizes)
-        if start is None and self.config.gene_start == "components":
-            begin_at_components(network, table, self.config.components, self.config.seed)
+        if start is None and self._told.gene_start == "components":
+            begin_at_components(network, table, self._told.components, self._told.seed)
         return network
 
     def _member(
@@ -252,8 +263,8 @@ class CellTypeAnnotationPipeline(Estimator):
 
         It is not resumable.
         """
-        seed = keyed_seed(self.config.seed, "member", number) % 2**31
-        other = CellTypeAnnotationPipeline(start, self.config.model_copy(update={"seed": seed}))
+        seed = keyed_seed(self._told.seed, "member", number) % 2**31
+        other = CellTypeAnnotationPipeline(start, self._told.model_copy(update={"seed": seed}))
         table, common = cells
         stores = other._split(table) if common is None else common
         network = other._begun(start, stores[0].table, sizes)
@@ -263,38 +274,40 @@ class CellTypeAnnotationPipeline(Estimator):
     def _network(self, start: ModelFolder | None, n_genes: int, n_classes: int) -> CellPLM:
         if self._votes:
             return voting_network(start)
-        config = self.config.model if start is None else start.config
+        config = self._told.model if start is None else start.config
         config = replace(config, latent="ae", decoder="none", n_genes=n_genes, n_classes=n_classes, n_batches=0, n_datasets=0)
-        network = new_model(replace(config, head_dropout=self.config.head_dropout), self.config.seed)
+        network = new_model(replace(config, head_dropout=self._told.head_dropout), self._told.seed)
         if start is not None:
             take_over(network, start, TRANSFERRED)
         return network
 
     def _learn(self, network: CellPLM, stores: Split, course: Course) -> Best:
-        config, (training, validation) = self.config, stores
+        config, (training, validation) = self._told, stores
         plan = StepPlan(training.sizes, PlanConfig(seed=config.seed, cells_per_micro_batch=config.max_cells, micro_batches_per_step=1))
         if config.transfer.learn == "head":
             return self._probe(network, stores, plan, course)
         objective = MaskedObjective(training, config.masking, sentence_weights=training.sizes.astype(np.float64))
-        seen = ValidationCells(network, validation.read(range(len(validation.sizes))))
+        seen = ValidationCells(network, labelled(validation))
         return finetune(network, objective, plan, config, seen, course)
 
     def _probe(self, network: CellPLM, stores: Split, plan: StepPlan, course: Course) -> Best:
         """Only the projection and the head, on what the frozen encoder says of the cells."""
-        training, validation = map(without_counts, stores)
-        probe = Probe(network, stacked(network, stores, device_named(self.config.device)))
-        batch = shifted(validation.read(range(len(validation.sizes))), training.table.n_cells)
-        everything = self.config.model_copy(update={"transfer": TransferConfig()})
+        whole = [store for store in stores if isinstance(store, MemoryStore)]  # both, see `_split`
+        training, validation = map(without_counts, whole)
+        probe = Probe(network, stacked(network, whole, device_named(self._told.device)))
+        batch = shifted(labelled(validation), training.table.n_cells)
+        everything = self._told.model_copy(update={"transfer": TransferConfig()})
         return finetune(probe, ProbeObjective(training), plan, everything, ValidationCells(probe, batch), course)
 
     def _lineage(self, best: Best, cells: int, report: Mapping[str, Any]) -> dict[str, str]:
         return {
             "base_model": base_name(self.base),
-            "labels_key": str(self.config.keys.labels_key),
+            "labels_key": str(self._told.keys.labels_key),
             "training_cells": str(cells),
             "counts": str(report.get("count_source", "")),
-            "config_sha256": fingerprint(self.config),
+            "config_sha256": fingerprint(self._told),
             "best_step": str(best.step),
+            "keys": self._told.keys.model_dump_json(),
         }
 
 
@@ -309,16 +322,27 @@ class ValidationCells:
     def __init__(self, network: nn.Module, batch: CellBatch) -> None:
         assert batch.labels is not None
         self.network, self.batch = network, batch
-        self.truth = batch.labels.numpy().astype(str)
+        self.known = batch.labels >= 0  # not those that are only there as company
+        self.truth = batch.labels[self.known].numpy().astype(str)
 
     def __call__(self) -> Look:
         """What the network says of them as it is now."""
         with torch.inference_mode():
             output = self.network(self.batch.to(next(self.network.parameters()).device))
-        scores = annotation_scores(self.truth, output.logits.argmax(-1).cpu().numpy().astype(str))
+        scores = annotation_scores(self.truth, output.logits.argmax(-1).cpu()[self.known].numpy().astype(str))
         loss = float(output.loss.total.mean())
         metrics = {"val/loss": loss, "val/macro_f1": scores["macro_f1"], "val/accuracy": scores["accuracy"]}
         return Look(metrics, (round(scores["macro_f1"], 6), -loss))
+
+
+def labelled(store: Store) -> CellBatch:
+    """All sentences of a store; read-only cells have no label."""
+    batch = store.read(range(len(store.sizes)))
+    if batch.labels is not None:
+        return batch
+    assert store.table.labels is not None
+    row = batch.row
+    return replace(batch, labels=torch.where(row == READ_ONLY, -1, torch.from_numpy(store.table.labels)[row.clamp(min=0)]))
 
 
 def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:

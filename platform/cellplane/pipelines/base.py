@@ -22,7 +22,7 @@ from cellplane.data.naming import best_naming
 from cellplane.data.sources import AnnData, column, find_counts
 from cellplane.errors import ConfigError, DataError
 from cellplane.genes import GeneVocabulary
-from cellplane.inference import Predictor, build_network
+from cellplane.inference import Predictor, build_network, keys_of
 from cellplane.model.cellplm import CellPLM
 from cellplane.tracking.registry import resolve_model
 from cellplane.train.config import TransferConfig
@@ -40,7 +40,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     """What the pipelines that learn share: scikit-learn's get_params, set_params and clone, save, load, and their base model.
 
     ``model`` is a model folder or registry URI to start from (None: from scratch); ``pretrain_prefix`` with
-    ``pretrain_directory`` names an official CellPLM checkpoint instead. Learned attributes end in an underscore.
+    ``pretrain_directory`` names an official CellPLM checkpoint instead. Learned attributes end in an underscore: ``config_``
+    are the settings of the last fit, or of the model that was loaded. A fit never changes the parameters themselves.
     """
 
     task: ClassVar[str]
@@ -57,6 +58,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         self.model, self.pretrain_prefix, self.pretrain_directory = model, pretrain_prefix, pretrain_directory
         self.config: Any = as_config(self.recipe, config, self.recipe())
         self.folder_: ModelFolder | None = None
+        self.config_: Any = None
+        self._config_then: Any = None  # the parameter when config_ was learned
         self.history_: list[dict[str, float]] = []
         self._predictor: Predictor | None = None
         self._opened = self._open()
@@ -74,8 +77,24 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return self._opened[1]
 
     def configured(self, config: Config | Mapping[str, Any] | None) -> Any:
-        """The pipeline's configuration with the changes of one call."""
+        """What a fit is told: the pipeline's configuration with the changes of one call; ConfigError for what is none."""
         return as_config(self.recipe, config, as_config(self.recipe, self.config, self.recipe()))
+
+    def settings(self, config: Config | Mapping[str, Any] | None = None) -> Any:
+        """What an answer is told: the settings of the fit, over them those set since, over these the changes of one call.
+
+        A dictionary changes what it names, a whole configuration replaces all. Before a fit: as `configured`.
+        """
+        if self.config_ is None:
+            return self.configured(config)
+        set_since = self.config is not self._config_then
+        return as_config(self.recipe, config, as_config(self.recipe, self.config, self.config_) if set_since else self.config_)
+
+    def _since(self, config: Any) -> Any:
+        """What was asked in a dictionary since the fit, under what one call asks; None where nothing is."""
+        if isinstance(self.config, Mapping) and self.config is not self._config_then and (config is None or isinstance(config, Mapping)):
+            return _merged(self.config, config or {}) or None
+        return config
 
     def save(self, directory: str | Path) -> Path:
         """Writes the model folder: manifest with checksums, weights, vocabulary."""
@@ -83,17 +102,27 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """A saved pipeline, ready to predict; every file is verified. DataError for a model of another task."""
+        """A saved pipeline that answers as it did; every file is verified. DataError for a model of another task.
+
+        It reads cells as those that it learned (`keys`); a folder of an early version does not say, and is read by default.
+        """
         folder = load_model(Path(directory))
         if folder.task != cls.task:
             raise DataError(f"{directory} holds a {folder.task} model, not one to {cls.task} with: it is no {cls.__name__}")
         pipeline = cls()
         pipeline.adopt(folder)
+        pipeline.config = pipeline.config_  # a clone reads alike
         return pipeline
 
     def adopt(self, folder: ModelFolder) -> None:
-        """Answers with this model from now on."""
-        self.folder_, self._predictor = folder, Predictor(folder)
+        """Answers with this model from now on, and reads cells as it says that its own were read."""
+        config, keys = self.configured(None), keys_of(folder.lineage)
+        self._answer_with(folder, config if keys is None else config.model_copy(update={"keys": keys}))
+
+    def _answer_with(self, folder: ModelFolder, config: Any) -> None:
+        """The same, by these settings."""
+        self._predictor = Predictor(folder)
+        self.folder_, self.config_, self._config_then = folder, config, self.config
 
     def _fitted(self) -> Predictor:
         if self._predictor is None:

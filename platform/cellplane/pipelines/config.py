@@ -30,7 +30,7 @@ class UnknownConfig(Config):
     """How cells of types that were never learned are told and treated; see `pipelines.unknown`."""
 
     reject: bool = False
-    """Call them "unknown" instead of the nearest known type; their score is written either way."""
+    """Call them "unknown" instead of the nearest known type; their score is written either way. No type may be called so then."""
     refusal_rate: float = Field(0.05, gt=0, lt=1)
     """Share of cells of KNOWN types that may be refused: the threshold is set on cells that were not trained on."""
     entropy_share: float | None = Field(None, ge=0, le=1)
@@ -103,7 +103,7 @@ class AnnotationConfig(FitConfig):
     hierarchy: HierarchyConfig = HierarchyConfig()
     """Broader names for unsure cells."""
     hierarchy_file: str | None = None
-    """YAML or JSON file of {label: broader name}, instead of hierarchy.parents."""
+    """YAML or JSON file of {label: broader name or names}, or an ontology's .obo file, instead of hierarchy.parents."""
 
 
 class SmoothingConfig(Config):
@@ -260,7 +260,7 @@ class EvaluateConfig(Config):
     test: str = ""
     """h5ad of held-out labelled cells."""
     keys: DataKeys = DataKeys(labels_key="cell_type")
-    """Where counts and labels lie."""
+    """Where counts and labels lie; what is not named here lies as in the cells that the model learned."""
     seed: int = 0
     """Seed of the baselines."""
     out: str | None = None
@@ -281,7 +281,7 @@ class DenoiseEvaluation(Config):
     data: str = ""
     """h5ad of the cells."""
     keys: DataKeys = DataKeys()
-    """Where counts, batches and coordinates lie."""
+    """Where counts, batches and coordinates lie; what is not named here lies as in the cells that the model learned."""
     refit: bool = False
     """Fine-tune the model on the thinned cells first, as in use; else it is asked as it is."""
     recipe: DenoisingConfig = DenoisingConfig()

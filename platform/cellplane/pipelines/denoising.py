@@ -26,6 +26,8 @@ from torch import nn
 from cellplane.artifact.folder import ModelFolder
 from cellplane.cells import CellBatch
 from cellplane.config import fingerprint
+from cellplane.data.config import DataKeys
+from cellplane.data.confounding import confounding
 from cellplane.data.sentences import CellTable, PlanConfig, StepPlan
 from cellplane.data.sources import AnnData, cell_table
 from cellplane.errors import ConfigError, DataError
@@ -37,6 +39,7 @@ from cellplane.inference import (
     build_network,
     decoded_in,
     denoise,
+    keys_of,
     query_keys,
     record,
     write_denoised,
@@ -53,6 +56,7 @@ from cellplane.pipelines.denoising_baselines import Answers, gene_shares
 from cellplane.pipelines.denoising_scores import evaluate
 from cellplane.pipelines.denoising_smoothing import smoothed
 from cellplane.pipelines.job import Scores
+from cellplane.results import WARNINGS
 from cellplane.seeds import keyed_seed
 from cellplane.train.finetune import Best, Course, Look, Progress, finetune
 from cellplane.train.loop import Keeping
@@ -124,7 +128,7 @@ class DenoisingPipeline(Estimator):
 
     ``model`` is a model folder or registry URI with a count decoder to start from (None: from scratch);
     ``pretrain_prefix`` with ``pretrain_directory`` names an official CellPLM checkpoint instead. With a base model it can
-    predict without fit: zero-shot.
+    predict without fit: zero-shot, cells read as the model's own were where `config.keys` is left as it is by default.
     """
 
     task = "denoise"
@@ -154,15 +158,17 @@ class DenoisingPipeline(Estimator):
         With a ``keeping`` a fit that was killed goes on where it was. Raises DataError for too few cells, ConfigError for
         a base model that decodes no counts.
         """
-        self.config = self.configured(config)
-        cells = Cells.of(data, self.base, self.config)
+        told = self.configured(config)
+        cells = Cells.of(data, self.base, told)
         if empty := int((cells.table.totals() == 0).sum()):
             log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, cells.table.n_cells)
-        return self.fit_cells(cells, Course(progress, keeping))
+        return self._fit(cells, told, Course(progress, keeping))
 
     def fit_cells(self, cells: Cells, course: Course | None = None) -> DenoisingPipeline:
         """The same for cells that were read already."""
-        config = self.config
+        return self._fit(cells, self.configured(None), course)
+
+    def _fit(self, cells: Cells, config: DenoisingConfig, course: Course | None) -> DenoisingPipeline:
         check_transfer(config.transfer, self.base)
         counted = np.flatnonzero(cells.table.totals() > 0)
         order = np.random.default_rng(keyed_seed(config.seed, "validation cells")).permutation(counted)
@@ -171,10 +177,11 @@ class DenoisingPipeline(Estimator):
             raise DataError(
                 f"{len(order)} of {cells.table.n_cells} cells have counts; denoising needs some to learn and some to validate with"
             )
+        network = self._network(cells, config)
         training, validation = (
-            BatchedStore.of(cells.table.rows(np.sort(rows)), cells.batches, config.max_cells) for rows in (order[held:], order[:held])
+            BatchedStore.of(cells.table.rows(np.sort(rows)), cells.batches, config.max_cells, network.config.local_blocks > 0)
+            for rows in (order[held:], order[:held])
         )
-        network = self._network(cells)
         denoiser = Denoiser(network, (config.hidden_weight, config.seen_weight))
         plan = StepPlan(training.sizes, PlanConfig(seed=config.seed, cells_per_micro_batch=config.cells_per_step, micro_batches_per_step=1))
         look = HiddenCounts(denoiser, validation, config)
@@ -186,10 +193,10 @@ class DenoisingPipeline(Estimator):
             vocabulary=cells.vocabulary,
             task="denoise",
             max_cells=config.max_cells,
-            lineage=self._lineage(best, cells, len(order)),
+            lineage=self._lineage(best, cells, len(order), config),
         )
         known = np.sort(order)
-        self.adopt(smoothed(folder, cells.table.rows(known), np.searchsorted(known, np.sort(order[:held])), config))
+        self._answer_with(smoothed(folder, cells.table.rows(known), np.searchsorted(known, np.sort(order[:held])), config), config)
         return self
 
     def predict(self, data: AnnData, *, key_added: str | None = None, target_batch: str | None = None) -> NDArray[np.float32]:
@@ -200,7 +207,7 @@ class DenoisingPipeline(Estimator):
         (rates times it / 10,000 are expected counts), uns["cellplm"], and obs[key_flag] for cells without known counts.
         """
         predictor = self._asked()
-        found = denoise(predictor, data, query_keys(data, self.config.keys), target_batch)
+        found = denoise(predictor, data, query_keys(data, self._keys()), target_batch)
         if key_added is not None:
             write_flags(data, found.table, key_added)
             write_denoised(data, found, key_added)
@@ -212,19 +219,27 @@ class DenoisingPipeline(Estimator):
 
         The recipe is fitted anew on the thinned cells, from the same base model: twice, once for each protocol.
         """
-        cells = Cells.of(data, self.base, self.config)
+        config = self.settings()
+        cells = Cells.of(data, self.base, config)
 
         def refitted(thinned: CellTable) -> Answers:
-            again = type(self)(self.base, self.config).fit_cells(replace(cells, table=thinned))
+            again = type(self)(self.base, config).fit_cells(replace(cells, table=thinned))
             return answers(again._fitted(), thinned)
 
-        return evaluate(refitted, cells.table, self.config.seed)
+        return evaluate(refitted, cells.table, config.seed)
 
     def score_as_it_is(self, data: AnnData) -> Scores:
         """The same for the model as it stands. Only honest for cells that it was not fitted on."""
         predictor = self._asked()
-        table, _ = cell_table(data, predictor.folder.vocabulary, query_keys(data, self.config.keys))
-        return evaluate(lambda thinned: answers(predictor, thinned), table, self.config.seed)
+        table, _ = cell_table(data, predictor.folder.vocabulary, query_keys(data, self._keys()))
+        return evaluate(lambda thinned: answers(predictor, thinned), table, self.settings().seed)
+
+    def _keys(self) -> DataKeys:
+        """How to read cells: as this pipeline was told, else (zero-shot) as the model's own cells were read."""
+        keys: DataKeys = self.settings().keys
+        if self._predictor is None and self.base is not None and keys == self.recipe().keys:
+            return keys_of(self.base.lineage) or keys
+        return keys
 
     def _asked(self) -> Predictor:
         """The fitted model, else the base model as it was pre-trained."""
@@ -234,16 +249,16 @@ class DenoisingPipeline(Estimator):
             self._zero_shot = Predictor(self.base)
         return self._zero_shot
 
-    def _network(self, cells: Cells) -> CellPLM:
+    def _network(self, cells: Cells, config: DenoisingConfig) -> CellPLM:
         start, n_batches = cells.start, len(cells.batches)
         if start is None:
-            network = new_model(replace(self.config.model, n_genes=len(cells.vocabulary), n_batches=n_batches), self.config.seed)
+            network = new_model(replace(config.model, n_genes=len(cells.vocabulary), n_batches=n_batches), config.seed)
             return begun_at(network, gene_shares(cells.table))
         if start.config.decoder != "negative_binomial":
             raise ConfigError(f"the base model decodes no counts (decoder {start.config.decoder}): name a pre-trained one, or none")
         if not n_batches:
             return build_network(start)
-        network = new_model(replace(start.config, n_batches=n_batches), self.config.seed)
+        network = new_model(replace(start.config, n_batches=n_batches), config.seed)
         take_over(network, start, [name for name in start.weights if not name.startswith(BATCH_PART)])
         if start.config.n_batches:  # new rows begin as the mean of those the base model learned
             assert network.decoder is not None
@@ -252,15 +267,17 @@ class DenoisingPipeline(Estimator):
             network.decoder.batch.load_state_dict({**own, "table": mean})  # type: ignore[union-attr]
         return network
 
-    def _lineage(self, best: Best, cells: Cells, trained_on: int) -> dict[str, str]:
+    def _lineage(self, best: Best, cells: Cells, trained_on: int, config: DenoisingConfig) -> dict[str, str]:
         batches = {"batches": json.dumps(list(cells.batches))} if cells.batches else {}
         return {
             "base_model": base_name(self.base),
             "training_cells": str(trained_on),
             "counts": str(cells.report.get("count_source", "")),
-            "config_sha256": fingerprint(self.config),
+            "config_sha256": fingerprint(config),
             "best_step": str(best.step),
+            "keys": config.keys.model_dump_json(),
             **batches,
+            **({WARNINGS: str(cells.report[WARNINGS])} if WARNINGS in cells.report else {}),
         }
 
 
@@ -280,8 +297,9 @@ class Cells:
         keys = config.keys.model_copy(update={"labels_key": None})
         start, vocabulary = starting_model(base, data, keys, config.new_genes)
         table, report = cell_table(data, vocabulary, keys)
+        warned = confounding(data, config.keys)
         names = () if table.batch is None else tuple(sorted(set(map(str, table.batch))))
-        return cls(table, vocabulary, start, names if len(names) > 1 else (), report)
+        return cls(table, vocabulary, start, names if len(names) > 1 else (), report | ({} if warned is None else {WARNINGS: warned}))
 
 
 def begun_at(network: CellPLM, share_G: NDArray[np.float64]) -> CellPLM:
@@ -300,5 +318,5 @@ def begun_at(network: CellPLM, share_G: NDArray[np.float64]) -> CellPLM:
 
 def answers(predictor: Predictor, table: CellTable) -> Answers:
     """What a model says of these cells, each in its own batch where all were learned."""
-    store = BatchedStore.of(table, batches_of(predictor.folder), predictor.folder.max_cells)
+    store = BatchedStore.of(table, batches_of(predictor.folder), predictor.folder.max_cells, predictor.reads_places)
     return predictor.rates(store, decoded_in(predictor.folder, store, None))

@@ -24,6 +24,7 @@ from cellplane.pipelines.metrics import AnnotationScores, expected_calibration_e
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000", "#B8A800")
 MARKERS = ("o", "^", "s", "X", "D")  # 8 colours x 5 shapes: 40 classes before a pair returns
 LONGEST_NAME = 48  # characters of a class name before it is cut
+NAME_POINTS = 7  # size of a gene's name beside its point
 NAMED_GENES = 40  # more cannot be read below one another
 BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 9}  # right of the axes
 GRADED, SIGNED = "cividis", "PuOr"  # from little to much; from too little to too much
@@ -38,6 +39,12 @@ def axes_in_a_row(number: int) -> list[Axes]:
     """Square panels beside one another in a figure of their own."""
     figure = Figure(figsize=(5.2 * number, 4.8), layout="constrained")
     return list(figure.subplots(1, number, squeeze=False)[0])
+
+
+def axes_in_rows(rows: int, columns: int) -> list[list[Axes]]:
+    """Square panels [rows][columns] in a figure of their own."""
+    figure = Figure(figsize=(5.2 * columns, 4.6 * rows), layout="constrained")
+    return [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
 def umap_size(classes: int) -> tuple[float, float]:
@@ -190,8 +197,28 @@ def draw_tissue(axes: Axes, places_um: NDArray[Any], values: ArrayLike, look: tu
     return axes
 
 
-def draw_change(axes: Axes, truth: NDArray[Any], predicted: NDArray[Any], genes: Sequence[str], de: Sequence[int]) -> Axes:
-    """Predicted against measured change of every gene [G]; the differential ones (positions ``de``) are coloured and named."""
+def draw_beside_truth(panels: Sequence[Axes], places_um: NDArray[Any], truth: NDArray[Any], predicted: NDArray[Any], gene: str) -> None:
+    """A gene in the tissue, three panels: truth [C], prediction [C] on the same scale, and prediction minus truth."""
+    most = max(float(truth.max()), float(predicted.max()), 1e-6)
+    error = predicted - truth
+    widest = max(float(np.abs(error).max()), 1e-6)
+    pictures: dict[str, tuple[NDArray[Any], tuple[str, float, float]]] = {
+        "truth": (truth, (GRADED, 0.0, most)),
+        "prediction": (predicted, (GRADED, 0.0, most)),
+        "prediction - truth": (error, (SIGNED, -widest, widest)),
+    }
+    for panel, (name, (values, scale)) in zip(panels, pictures.items(), strict=True):
+        draw_tissue(panel, places_um, values, scale)
+        panel.set_title(f"{safe(gene)}: {name}")
+
+
+def draw_change(
+    axes: Axes, truth: NDArray[Any], predicted: NDArray[Any], genes: Sequence[str], de: Sequence[int], targets: Sequence[int] = ()
+) -> Axes:
+    """Predicted against measured change of every gene [G]; the differential ones (positions ``de``) are coloured and named.
+
+    ``targets`` are the perturbed genes, with a square around them and named too.
+    """
     top = np.asarray(de, dtype=np.int64)
     both = np.concatenate([truth, predicted])
     reach = 1.1 * max(float(np.abs(both).max(initial=0)), 1e-6)
@@ -202,13 +229,43 @@ def draw_change(axes: Axes, truth: NDArray[Any], predicted: NDArray[Any], genes:
     axes.scatter(truth[rest], predicted[rest], 14, "#999999", lw=0, label=f"other genes ({len(rest)})")
     label = f"top {len(top)} differential (r {_correlation(truth[top], predicted[top])})"
     axes.scatter(truth[top], predicted[top], 30, COLOURS[3], lw=0, label=label)
-    for gene in top:
-        axes.annotate(safe(genes[gene]), (truth[gene], predicted[gene]), (3, 3), textcoords="offset points", fontsize=7)
+    if aimed := list(targets):
+        axes.scatter(truth[aimed], predicted[aimed], 130, "none", edgecolors=COLOURS[0], marker="s", lw=1.8, label="perturbed gene")
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    named = list(dict.fromkeys([*top.tolist(), *aimed]))
+    name_apart(axes, np.column_stack([truth[named], predicted[named]]), [genes[gene] for gene in named])
     axes.set(xlabel="measured change (log1p of counts)", ylabel="predicted change (log1p of counts)")
     axes.set_title(f"all genes: r {_correlation(truth, predicted)}", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     return axes
+
+
+def name_apart(axes: Axes, points: NDArray[Any], names: Sequence[str]) -> None:
+    """Names beside their points [n, 2], moved up or down until none covers another; thin lines lead to those moved far.
+
+    Call it when the limits of the axes are set.
+    """
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    size = np.array([axes.bbox.width, axes.bbox.height]) * 72 / axes.figure.dpi
+    spots = (np.asarray(points, dtype=np.float64) - (left, low)) / (right - left, high - low) * size
+    line = 1.3 * NAME_POINTS
+    taken: list[tuple[float, float, float]] = []  # start, end, bottom, in points
+    for at in np.argsort(spots[:, 0], kind="stable").tolist():
+        text = safe(names[at])
+        wide = 0.7 * NAME_POINTS * len(text)  # of capitals and digits in DejaVu Sans
+        x = spots[at, 0] + 3 if spots[at, 0] + 3 + wide < size[0] else spots[at, 0] - 3 - wide
+        moves = [step * sign for step in range(len(names) + 1) for sign in (1, -1)]
+        free = (
+            (move, y)
+            for move in moves
+            if 0 <= (y := spots[at, 1] + 3 + move * line) <= size[1] - line
+            and not any(abs(y - other) < line and x < end and start < x + wide for start, end, other in taken)
+        )
+        move, y = next(free, (0, spots[at, 1] + 3))
+        taken.append((x, x + wide, y))
+        leader = {"arrowstyle": "-", "color": "#888888", "lw": 0.6} if abs(move) > 1 else None
+        offset = (x - spots[at, 0], y - spots[at, 1])
+        axes.annotate(text, tuple(points[at]), offset, textcoords="offset points", fontsize=NAME_POINTS, arrowprops=leader)
 
 
 def _correlation(first: NDArray[Any], second: NDArray[Any]) -> str:

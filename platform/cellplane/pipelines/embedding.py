@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,23 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from cellplane.artifact.folder import ModelFolder, load_model, save_model
 from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
+from cellplane.data.confounding import confounding
 from cellplane.data.sources import AnnData, check_anndata, gene_columns
 from cellplane.errors import ConfigError, DataError
-from cellplane.inference import Predictor, query_keys, rates_of, read_cells, record, write_embedding, write_flags
+from cellplane.inference import Predictor, keys_of, query_keys, rates_of, read_cells, record, write_embedding, write_flags
 from cellplane.pipelines.base import as_config, known_labels, open_model
 from cellplane.pipelines.evening import evened
+from cellplane.results import WARNINGS
 
 log = logging.getLogger(__name__)
 
 
 class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
-    """fit / predict / score / save / load; nothing is learned, so fit only returns itself."""
+    """fit / predict / score / save / load; nothing is learned, so fit only returns itself.
+
+    ``keys`` say where counts, batches and coordinates lie, a dictionary over those that the model's own cells were read with,
+    where it says so (a base model does not); None: just those.
+    """
 
     def __init__(
         self,
@@ -43,7 +50,8 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         pretrain_directory: str | Path | None = None,
     ) -> None:
         self.model, self.pretrain_prefix, self.pretrain_directory = model, pretrain_prefix, pretrain_directory
-        self.keys: DataKeys = as_config(DataKeys, keys, DataKeys())
+        self.keys = keys
+        as_config(DataKeys, keys, DataKeys())  # wrong ones are told at once
         self._opened = self._open()
 
     def _open(self) -> tuple[tuple[Any, ...], Predictor]:
@@ -60,6 +68,10 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         if any(now is not before for now, before in zip(asked, self._opened[0], strict=True)):
             self._opened = self._open()
         return self._opened[1]
+
+    def _keys(self) -> DataKeys:
+        keys: DataKeys = as_config(DataKeys, self.keys, keys_of(self.predictor.folder.lineage) or DataKeys())
+        return keys
 
     def fit(self, data: AnnData | None = None, y: object = None) -> CellEmbeddingPipeline:  # noqa: ARG002  (the estimators' common shape)
         """Itself: the model is used as it was pre-trained."""
@@ -82,7 +94,7 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         """
         folder = self.predictor.folder
         company = self.predictor.company(context)
-        read = read_cells(data, folder.vocabulary, query_keys(data, self.keys), folder.max_cells, context=company)
+        read = read_cells(data, folder.vocabulary, query_keys(data, self._keys()), folder.max_cells, context=company)
         latent = self.predictor.embed(read.store)
         latent = evened(latent, even) if even else latent
         if key_added is not None:
@@ -101,6 +113,7 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
 
         Every cell's embedding is decoded in ``target_batch``, one of `target_batches`; None averages over all of them. Genes
         the model does not know are NaN. With ``key_added`` also written to layers["<key>_corrected"] and uns["cellplm"].
+        Where keys name labels and batches, types that lie in one batch alone are warned of: taking the batch out takes them along.
         DataError for a model that decodes no counts, ConfigError for a batch it did not learn.
         """
         folder, names = self.predictor.folder, self.target_batches
@@ -109,18 +122,22 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
             raise ConfigError(f"no batch {target_batch!r} was learned; there are {known}")
         if not folder.config.n_batches:
             raise DataError(f"this {folder.task} model learned no batches, so there are none to correct for; take a pre-trained base")
-        keys = query_keys(data, self.keys)
+        keys = query_keys(data, self._keys())
         read = read_cells(data, folder.vocabulary, keys, folder.max_cells)
         decoded = range(folder.config.n_batches) if target_batch is None else (names.index(target_batch),)
         columns = gene_columns(data, keys, folder.vocabulary)
         rates = np.empty((data.n_obs, len(columns)), dtype=np.float32)
+        warned = confounding(data, self._keys())
         for rows, shares in self.predictor.rates(read.store, tuple(decoded)):
             rates[rows] = rates_of(shares, columns)
         if key_added is not None:
             write_flags(data, read.store.table, key_added)
             data.layers[f"{key_added}_corrected"] = rates
             told = target_batch if target_batch is not None else f"the mean of {folder.config.n_batches}"
-            data.uns["cellplm"] = record(folder, {**read.report, "target_batch": told})
+            report = {**read.report, "target_batch": told}
+            if warned is not None:
+                report[WARNINGS] = [*report.get(WARNINGS, ()), warned]
+            data.uns["cellplm"] = record(folder, report)
         return rates
 
     def score(self, data: AnnData, label_fields: list[str]) -> dict[str, float]:
@@ -133,12 +150,14 @@ class CellEmbeddingPipeline(BaseEstimator):  # type: ignore[misc]
         return {"nmi": float(normalized_mutual_info_score(truth, found)), "ari": float(adjusted_rand_score(truth, found))}
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the model folder."""
-        return save_model(self.predictor.folder, Path(directory))
+        """Writes the model folder, which says how cells are read."""
+        folder = self.predictor.folder
+        lineage = folder.lineage if self.keys is None else {**folder.lineage, "keys": self._keys().model_dump_json()}
+        return save_model(replace(folder, lineage=lineage), Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> CellEmbeddingPipeline:
-        """A saved pipeline; every file is verified."""
+        """A saved pipeline that answers as it did; every file is verified."""
         return cls(load_model(Path(directory)))
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:

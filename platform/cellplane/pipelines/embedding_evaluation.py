@@ -19,6 +19,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellplane.artifact.folder import ModelFolder
+from cellplane.data.confounding import confounded
 from cellplane.data.sources import AnnData, column, find_counts
 from cellplane.inference import Predictor, query_keys, read_cells
 from cellplane.pipelines import plots
@@ -73,6 +74,8 @@ def run_embedding_protocol(config: EmbeddingProtocol, say: Say = quiet) -> Finis
         notes += [
             f"{name}: {study.cells.n_obs} cells of {len(set(study.types))} types, all of them in every row; seeds are those of Leiden"
         ]
+        if batches is not None and (warned := confounded(study.types, batches)) is not None:
+            notes.append(f"{name}: {warned}")
         notes += base_notes(name, [asked.path], opened.bases)
     evaluation = Evaluation(config.task, "nmi", tuple(entries), tuple(pictures), tuple(notes), splits_differ=False)
     return finish(evaluation, config, "Zero-shot embedding, beside principal components and random weights")

@@ -15,10 +15,11 @@ from cellplane.data.config import DataKeys
 from cellplane.data.naming import merged_columns
 from cellplane.data.sources import AnnData, column, find_counts, read_h5ad
 from cellplane.errors import ConfigError, DataError, about
+from cellplane.inference import keys_of, reading_keys
 from cellplane.pipelines import plots
 from cellplane.pipelines.annotation import UNLABELLED, CellTypeAnnotationPipeline
 from cellplane.pipelines.baselines import BASELINES
-from cellplane.pipelines.config import AnnotationConfig, DenoiseEvaluation, EvaluateConfig
+from cellplane.pipelines.config import DenoiseEvaluation, EvaluateConfig
 from cellplane.pipelines.denoising import DenoisingPipeline
 from cellplane.pipelines.embedding import CellEmbeddingPipeline
 from cellplane.pipelines.job import MODEL_ROW, Scores
@@ -34,7 +35,8 @@ def run_evaluate(config: EvaluateConfig) -> tuple[Scores, Path]:
     _check_named(config, ("model", "train", "test"))
     model = resolve_model(config.model, config.tracking_uri, home() / "cache")
     pipeline = CellTypeAnnotationPipeline.load(model.path)
-    pipeline.config = AnnotationConfig(keys=config.keys)
+    assert pipeline.folder_ is not None
+    pipeline.set_params(config={"keys": reading_keys(keys_of(pipeline.folder_.lineage), config.keys)})
     out = Path(config.out) if config.out else home() / "evaluations" / verify_model(model.path)["model_sha256"][:16]
     with about(f"{config.train} or {config.test}"):
         scores = evaluate_annotation(pipeline, read_h5ad(Path(config.train)), read_h5ad(Path(config.test)), config.seed)
@@ -47,11 +49,9 @@ def run_evaluate_denoising(config: DenoiseEvaluation) -> tuple[Scores, Path]:
     """Scores of a denoiser (or base model) by masking and by count splitting, and the folder with scores.json."""
     _check_named(config, ("model", "data"))
     folder = load_model(resolve_model(config.model, config.tracking_uri, home() / "cache").path)
-    recipe = config.recipe.model_copy(update={"keys": config.keys, "seed": config.seed})
+    recipe = config.recipe.model_copy(update={"keys": reading_keys(keys_of(folder.lineage), config.keys), "seed": config.seed})
     data = read_h5ad(Path(config.data))
     pipeline = DenoisingPipeline(folder, recipe)
-    if not config.refit and folder.task == "denoise":
-        pipeline.adopt(folder)
     scores = pipeline.score(data) if config.refit else pipeline.score_as_it_is(data)
     out = Path(config.out) if config.out else home() / "evaluations" / f"{folder.model_sha256[:16]}-denoise"
     return write_scores(config, scores, out), out
@@ -72,7 +72,7 @@ def _check_named(config: Config, names: tuple[str, ...]) -> None:
 
 def evaluate_annotation(pipeline: CellTypeAnnotationPipeline, train: AnnData, test: AnnData, seed: int) -> Scores:
     """Accuracy and macro-F1 on the labelled test cells: the model first, then every baseline fitted on the same training cells."""
-    keys = pipeline.config.keys
+    keys = pipeline.settings().keys
     key = str(keys.labels_key)
     known = _labelled(train, key)
     truth, keep = column(test, key), _labelled(test, key)
@@ -88,14 +88,14 @@ def evaluate_annotation(pipeline: CellTypeAnnotationPipeline, train: AnnData, te
 
 def draw_annotation(pipeline: CellTypeAnnotationPipeline, test: AnnData, folder: Path) -> list[Path]:
     """Confusion matrix, reliability curve and a UMAP of the model's embedding of the test cells."""
-    key = str(pipeline.config.keys.labels_key)
+    key = str(pipeline.settings().keys.labels_key)
     truth, keep = column(test, key), _labelled(test, key)
     proba = pipeline.predict_proba(test)
     assert pipeline.folder_ is not None
     predicted = np.array([pipeline.folder_.classes[index] for index in proba.argmax(1)], dtype=object)
     classes = sorted({*pipeline.folder_.classes, *truth[keep].tolist()})
     matrix = confusion(truth[keep], predicted[keep], classes)
-    latent = CellEmbeddingPipeline(pipeline.folder_, pipeline.config.keys).predict(test)
+    latent = CellEmbeddingPipeline(pipeline.folder_, pipeline.settings().keys).predict(test)
     return [
         plots.confusion_plot(matrix, classes, folder / "confusion.png", "Held-out cells: truth and prediction"),
         plots.reliability_plot(proba.max(1)[keep], predicted[keep] == truth[keep], folder / "reliability.png"),

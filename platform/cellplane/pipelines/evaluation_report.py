@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from cellplane.data.files import atomic_file
 from cellplane.errors import ServiceError
 from cellplane.pipelines.job import run_name
 from cellplane.pipelines.pages import figure, heading, items, page, paragraph
-from cellplane.pipelines.protocol import Evaluation, Row
+from cellplane.pipelines.protocol import Evaluation, Picture, Row
 from cellplane.tracking.journal import Journal
 from cellplane.tracking.runs import RunSpec, TrackedRun, code_tags
 
@@ -24,6 +25,10 @@ LEGEND = (
     "Mean +- sample standard deviation (number of splits x seeds). The lead is the model's over the row, paired over splits and "
     "seeds, with a 95 % interval and the p value of the corrected resampled t test (Nadeau and Bengio 2003); "
     "p >= .05 means that no difference was shown."
+)
+SAME_CELLS = (
+    "Mean +- sample standard deviation (number of seeds). The lead is the model's over the row, paired over seeds. All seeds ask about "
+    "the same cells or perturbations, so their spread says nothing about others, and leads have neither interval nor p value here."
 )
 
 
@@ -54,13 +59,13 @@ def write_report(evaluation: Evaluation, folder: Path, title: str | None = None)
 
 def as_markdown(evaluation: Evaluation, title: str, folder: Path) -> str:
     """The report as Markdown; pictures are named relative to ``folder``."""
-    parts = [f"# {title}", "", LEGEND, ""]
+    parts = [f"# {title}", "", legend(evaluation), ""]
     for dataset, protocol in evaluation.tables():
         parts += [f"## {dataset}, {protocol}", "", *markdown_table(evaluation, dataset, protocol), ""]
     if evaluation.notes:
         parts += ["## Notes", "", *(f"- {note}" for note in evaluation.notes), ""]
     for picture in evaluation.pictures:
-        parts += [f"## {picture.title}", "", f"![{picture.title}]({_beside(picture.path, folder)})", "", picture.caption, ""]
+        parts += [f"## {picture.title}", "", _markdown_image(picture, folder), "", picture.caption, ""]
     return "\n".join(parts)
 
 
@@ -75,7 +80,12 @@ def markdown_table(evaluation: Evaluation, dataset: str, protocol: str) -> list[
 
 def as_html(evaluation: Evaluation, title: str) -> str:
     """The report as one page without scripts, with its pictures inside."""
-    return page(title, [paragraph(LEGEND), *sections(evaluation)])
+    return page(title, [paragraph(legend(evaluation)), *sections(evaluation)])
+
+
+def legend(evaluation: Evaluation) -> str:
+    """How to read its tables."""
+    return LEGEND if evaluation.splits_differ else SAME_CELLS
 
 
 def sections(evaluation: Evaluation) -> list[str]:
@@ -95,7 +105,8 @@ def _html_table(evaluation: Evaluation, dataset: str, protocol: str) -> str:
         cells = "".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in cells_of(evaluation, (dataset, protocol), row))
         ours = ' class="model"' if row.method.name == evaluation.model else ""
         lines.append(f"<tr{ours}>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _header(evaluation: Evaluation, dataset: str, protocol: str) -> list[str]:
@@ -115,6 +126,12 @@ def cells_of(evaluation: Evaluation, table: tuple[str, str], row: Row) -> list[t
     scores = [(row.text(name), "") for name in evaluation.metrics_of(*table)]
     verdict = ("", "") if lead is None else (lead.text(), lead.verdict)
     return [(row.method.name, ""), (row.method.kind, ""), *scores, verdict]
+
+
+def _markdown_image(picture: Picture, folder: Path) -> str:
+    """The picture beside the report; a blank in its name or a bracket in its description does not end it early."""
+    described = picture.described.replace("[", "(").replace("]", ")")
+    return f"![{described}]({quote(_beside(picture.path, folder))})"
 
 
 def _beside(path: Path, folder: Path) -> str:

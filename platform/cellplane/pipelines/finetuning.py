@@ -214,16 +214,13 @@ def _finished(config: Any, path: Path, identity: str) -> Any:
     try:
         if load_model(path).lineage.get("job_identity") != identity:
             return None
-        pipeline = TASKS[config.task].pipeline.load(path)
+        return TASKS[config.task].pipeline.load(path)
     except DataError:
         return None
-    pipeline.config = recipe_of(config)
-    return pipeline
 
 
 def _save(pipeline: Any, path: Path, identity: str, scores: Scores | None) -> None:
-    keys = pipeline.config.keys.model_dump_json()
-    folder = replace(pipeline.folder_, lineage={**pipeline.folder_.lineage, "job_identity": identity, "keys": keys})
+    folder = replace(pipeline.folder_, lineage={**pipeline.folder_.lineage, "job_identity": identity})
     folder = replace(folder, card=model_card(folder, scores) + panel_card(folder))
     pipeline.folder_ = folder if GOLDEN in folder.attachments else with_golden(folder)  # those of the day it was trained stay
     save_model(pipeline.folder_, path)

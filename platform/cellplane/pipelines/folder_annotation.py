@@ -172,7 +172,7 @@ def job_of(config: AnnotateConfig) -> FinetuneConfig:
 def _annotator(config: AnnotateConfig, report: JobReport, out: Path) -> tuple[Annotator, tuple[Choice, float]]:
     """The model, and the second opinion, chosen once and remembered in ``out``."""
     pipeline = CellTypeAnnotationPipeline.load(report.model)
-    pipeline.config = config.recipe.model_copy(update={"keys": config.keys})
+    pipeline.set_params(config={"keys": config.keys})  # of the files, which need not lie as the reference does
     assert pipeline.folder_ is not None
     atlas = read_atlas(read_h5ad(Path(config.reference)), pipeline, config.recipe.keys).thinned(config.opinion_cells, config.recipe.seed)
     settings = fingerprint(config.model_copy(update={"folder": "", "reference": "", "out": None, "tracking_uri": None}))

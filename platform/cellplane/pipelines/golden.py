@@ -61,8 +61,13 @@ def _imputed(predictor: Predictor, store: MemoryStore) -> Mapping[str, NDArray[A
 def _perturbed(predictor: Predictor, store: MemoryStore) -> Mapping[str, NDArray[Any]]:
     state, nobody = perturbation_answer.fitted_from(predictor.folder), np.full(store.table.n_cells, "", dtype=object)
     controls = state.controls(store.table, nobody, nobody)
-    rows = perturbation_answer.populations(predictor.model, state, controls, state.names[:PERTURBATIONS], state.config)
-    return {part: np.stack([getattr(row.answer, part) for row in rows]) for part in ("change", "rates")}
+    alone = replace(state, measured=replace(state.measured, share=0.0))  # rates follow from the network's own and from the change
+    asked = {"change": state, "rates": alone}
+    answers = {
+        part: perturbation_answer.populations(predictor.model, told, controls, state.names[:PERTURBATIONS], state.config)
+        for part, told in asked.items()
+    }
+    return {part: np.stack([getattr(row.answer, part) for row in rows]) for part, rows in answers.items()}
 
 
 Asked = Callable[[Predictor, MemoryStore], Mapping[str, NDArray[Any]]]

@@ -69,20 +69,20 @@ class SpatialImputationPipeline(Estimator):
         """
         if reference is None:
             raise DataError("an imputation learns from a single-cell reference: fit(data, reference)")
-        self.config = self.configured(config)
-        check_transfer(self.config.transfer, self.base)
-        pair = read_pair(data, reference, self.config, self.base)
-        pair = replace(pair, problem=_with_kept_reference(pair.problem, self.config))
-        learned = learn(pair.problem, self.config, Course(progress, keeping))
+        told: ImputationConfig = self.configured(config)
+        check_transfer(told.transfer, self.base)
+        pair = read_pair(data, reference, told, self.base)
+        pair = replace(pair, problem=_with_kept_reference(pair.problem, told))
+        learned = learn(pair.problem, told, Course(progress, keeping))
         self.history_ = learned.history
-        self.adopt(self._folder(pair, learned))
+        self.adopt(self._folder(pair, learned, told))
         return self
 
     def adopt(self, folder: ModelFolder) -> None:
         """Answers with this model from now on, as it was told when it was fitted."""
-        self._known = fitted_from(folder)
-        self.config = self._known.config
-        super().adopt(folder)
+        known = fitted_from(folder)
+        self._answer_with(folder, known.config)
+        self._known = known
 
     @property
     def genes_(self) -> tuple[str, ...]:
@@ -106,14 +106,15 @@ class SpatialImputationPipeline(Estimator):
         X are the counts expected at each cell's observed depth, layers["log1p"] their log1p, layers["sd"] the standard
         deviation of such a count (negative binomial). var["expected_correlation"] says how far a gene can be trusted; those
         below `min_correlation` are refused: NaN in X and the layers, True in var["refused"], listed in uns["cellplm"]["refused"].
+        A gene of unknown expectation (NaN) counts as the poorest: -1 alone lets it pass. Nothing is shared with ``data``.
         obs["cellplm_flag"] names cells without counts in the genes that the model was fitted with: their X is 0.
         The cells are read beside the kept reference, or beside ``reference``; then only genes that it measured are imputed.
         """
-        state, threshold = self._state(), self.configured(config).min_correlation
-        problem, report = self._problem(data, reference)
+        state, asked = self._state(), self.settings(config)
+        problem, report = self._problem(data, asked, reference)
         found = imputed(self._fitted().model, state, problem)
         expected = state.expected[found.genes]
-        refused = expected < threshold
+        refused = ~state.trusted(asked.min_correlation)[found.genes]
         tables = [np.where(refused, np.nan, table).astype(np.float32) for table in (found.counts, np.log1p(found.counts), found.sd)]
         genes = state.names.call(problem.wanted)
         ids = [self._fitted().vocabulary.gene_ids[gene] for gene in found.genes]
@@ -122,7 +123,7 @@ class SpatialImputationPipeline(Estimator):
         obs.index = obs.index.astype(str)
         if (flags := flag_column(problem.cells.query)) is not None:
             obs["cellplm_flag"] = flags
-        out = AnnData(X=tables[0], obs=obs, var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm))
+        out = AnnData(X=tables[0], obs=obs, var=var, layers={"log1p": tables[1], "sd": tables[2]}, obsm=dict(data.obsm.copy()))
         listed = [gene for gene, no in zip(genes, refused, strict=True) if no]
         out.uns["cellplm"] = self._record(report, listed, problem.cells.reference.n_cells if reference is not None else None)
         return out
@@ -135,7 +136,7 @@ class SpatialImputationPipeline(Estimator):
         hiding observed genes. Keys: model, knn, ridge (each pearson, spearman, per_gene), genes, constant_genes.
         """
         state = self._state()
-        problem, _ = self._problem(data)
+        problem, _ = self._problem(data, self.settings())
         truth, scored = self._truth(data)
         columns = np.searchsorted(np.flatnonzero(state.wanted), scored)
         counts = _baseline_counts(problem, scored)
@@ -149,7 +150,8 @@ class SpatialImputationPipeline(Estimator):
     def suggest_panel(self, n: int) -> list[str]:
         """The ``n`` imputed genes to measure next: each leaves, in the reference, the least variance of the others unexplained.
 
-        Greedy, given the genes observed already; best first. DataError when there are fewer.
+        Greedy, given the genes observed already; best first. DataError when there are fewer, and where they do not vary over the
+        kept reference: a single cell, or cells that are all alike.
         """
         state = self._state()
         wanted = np.flatnonzero(state.wanted)
@@ -164,23 +166,23 @@ class SpatialImputationPipeline(Estimator):
         self._fitted()
         return self._known
 
-    def _problem(self, data: AnnData, reference: AnnData | None = None) -> tuple[Problem, Mapping[str, Any]]:
+    def _problem(self, data: AnnData, asked: ImputationConfig, reference: AnnData | None = None) -> tuple[Problem, Mapping[str, Any]]:
         """Cells to impute beside the kept reference, or another."""
         state = self._state()
-        keys = query_keys(data, state.config.keys)
-        if state.config.keys.spatial_key is not None and keys.spatial_key is None:
-            log.warning("the cells have no obsm[%r]: they are imputed without positions, in random patches", state.config.keys.spatial_key)
+        keys = query_keys(data, asked.keys)
+        if asked.keys.spatial_key is not None and keys.spatial_key is None:
+            log.warning("the cells have no obsm[%r]: they are imputed without positions, in random patches", asked.keys.spatial_key)
         query, report = read_query(data, self._fitted().vocabulary, keys, state.observed)
         if reference is None:
             return state.problem(query), report
-        others, _ = cell_table(reference, self._fitted().vocabulary, query_keys(reference, state.config.reference_keys))
+        others, _ = cell_table(reference, self._fitted().vocabulary, query_keys(reference, asked.reference_keys))
         return state.problem(query, others), report
 
     def _truth(self, data: AnnData) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """log1p of scaled counts of the wanted genes that ``data`` measured [n, k], and which these are."""
         state = self._state()
         everything = state.observed | state.wanted
-        table, _ = read_query(data, self._fitted().vocabulary, query_keys(data, state.config.keys), everything)
+        table, _ = read_query(data, self._fitted().vocabulary, query_keys(data, self.settings().keys), everything)
         scored = np.flatnonzero(state.wanted & table.panel)
         if len(scored) == 0:
             raise DataError("the data measured none of the imputed genes: there is no truth to score against")
@@ -197,22 +199,23 @@ class SpatialImputationPipeline(Estimator):
         extra = {"context": context, "refused": refused, **mixed_in, "observed_genes": int(state.observed.sum())}
         return record(self._fitted().folder, {**report, **extra})
 
-    def _folder(self, pair: Pair, learned: Learned) -> ModelFolder:
+    def _folder(self, pair: Pair, learned: Learned, told: ImputationConfig) -> ModelFolder:
         problem = pair.problem
         return ModelFolder(
             config=learned.network.config,
             weights=learned.network.cpu().state_dict(),
             vocabulary=pair.names.vocabulary,
             task="impute",
-            max_cells=self.config.query_cells + self.config.reference_cells,
+            max_cells=told.query_cells + told.reference_cells,
             lineage={
                 "base_model": base_name(self.base),
                 "training_cells": f"{problem.cells.query.n_cells} query, {problem.cells.reference.n_cells} reference",
                 "counts": str(pair.report.get("count_source", "")),
-                "config_sha256": fingerprint(self.config),
+                "config_sha256": fingerprint(told),
                 "best_step": str(learned.step),
+                "keys": told.keys.model_dump_json(),
             },
-            attachments=_attachments(pair, learned, self.config),
+            attachments=_attachments(pair, learned, told),
         )
 
 
@@ -263,8 +266,10 @@ def greedy_panel(logs: NDArray[np.float64], known: int, n: int) -> list[int]:
     """``n`` columns of ``logs`` [cells, genes] behind the first ``known``, each explaining most of what is left of the later ones.
 
     The residual covariance given the columns so far is updated one column at a time (a pivoted Cholesky factorisation by
-    explained variance instead of own variance).
+    explained variance instead of own variance). DataError where nothing varies, so that no covariance says which speaks for which.
     """
+    if not (np.ptp(logs[:, known:], axis=0) > 0).any():
+        raise DataError(f"no gene varies over the kept reference ({len(logs)} cells), so none tells of another; fit with more of its cells")
     covariance = np.cov(logs, rowvar=False)
     noise = 1e-3 * float(np.trace(covariance)) / len(covariance)  # counts are noisy: no column explains another exactly
     for column in range(known):

@@ -40,6 +40,11 @@ class Fitted:
     names: GeneNames
     config: ImputationConfig
 
+    def trusted(self, least: float) -> NDArray[np.bool_]:
+        """Which genes [G] are worth an answer: wanted ones expected to correlate ``least`` or better. Unknown counts as -1, the poorest."""
+        found: NDArray[np.bool_] = self.wanted & (np.nan_to_num(self.expected, nan=-1.0) >= least)
+        return found
+
     def problem(self, query: CellTable, reference: CellTable | None = None, genes: Flags | None = None) -> Problem:
         """These cells beside the kept reference, or another one, asked for some ``genes`` [G] (None: all that the reference measured).
 

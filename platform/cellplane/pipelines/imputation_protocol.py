@@ -36,12 +36,14 @@ from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.metrics import correlations, rank_correlations
 from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place
 from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, base_notes, check_protocol, finish, open_bases, out_of, quiet
+from cellplane.pipelines.task_pictures import COVERED, COVERED_GENES, LEVELS, MAPS, ends_and_middle, short
 from cellplane.pipelines.task_protocols import ImputationProtocol, ImputedData
 from cellplane.seeds import keyed_seed
 
 PROTOCOL, LEVEL = "genes hidden in folds", 0.9
 WITHIN, CEILING = "ridge trained within the query", "split-half ceiling"
 ROWS = {"model": Method(MODEL_ROW, "model"), "knn": Method("knn", "baseline"), "ridge": Method("ridge", "baseline")}
+MAPPED_CELLS = 2000  # of the tissue, in a picture
 CELL_FOLDS = 5  # of the query, for the regression within it
 AIMS = {"coverage_90": LEVEL, "expected_minus_achieved": 0.0}
 
@@ -90,6 +92,8 @@ class Round:
     reference: AnnData
     recipe: ImputationConfig
     base: ModelFolder | None = None
+    mapped: bool = False
+    """Whether ours keeps some genes in the tissue, for a picture."""
 
     @cached_property
     def pipeline(self) -> SpatialImputationPipeline:
@@ -110,13 +114,31 @@ class Round:
             return Found(found, told)
         expected = dict(zip(self.pipeline.genes_, self.pipeline.expected_correlation_.tolist(), strict=True))
         pairs = np.array([(expected[gene], value) for gene, value in row["per_gene"].items()])
+        answer = self.pipeline.predict(self.query, {"min_correlation": -1.0})
         found |= {
-            "coverage_90": coverage(self.pipeline.predict(self.query, {"min_correlation": -1.0}), self.truth, self.recipe.seed),
+            "coverage_90": coverage(answer, self.truth, self.recipe.seed),
             "expected_minus_achieved": float((pairs[:, 0] - pairs[:, 1]).mean()),
             "expected_error": float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()),
             "expected_correlates": float(np.corrcoef(pairs.T)[0, 1]) if len(pairs) > 2 else float("nan"),
         }
-        return Found(found, {**told, "expected": expected})
+        told |= {"expected": expected, **covered(answer, self.truth, self.recipe.seed)}
+        return Found(found, {**told, MAPS: self.maps(answer, row["per_gene"])} if self.mapped else told)
+
+    def maps(self, answer: AnnData, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Truth and prediction of the best, the median and the worst gene at places of at most 2,000 cells; {} without coordinates."""
+        key = self.recipe.keys.spatial_key
+        if key is None or key not in self.query.obsm:
+            return {}
+        places = np.asarray(self.query.obsm[key], dtype=np.float64)
+        rows = np.sort(np.random.default_rng(keyed_seed(self.recipe.seed, "mapped")).permutation(len(places))[:MAPPED_CELLS])
+        shown, hidden = self.counts
+        totals = shown.sum(1)
+        genes = {}
+        for gene in ends_and_middle(scores):
+            truth = _scaled(self.truth[gene][:, None], totals + hidden.sum(1))[rows, 0]
+            predicted = _scaled(np.asarray(answer[:, [gene]].X), totals)[rows, 0]
+            genes[gene] = {"truth": short(truth), "predicted": short(predicted)}
+        return {"places": short(places[rows], 5), "genes": genes}
 
     def within(self) -> Found:
         """What a regression learns from other cells of the query itself, where the hidden genes are shown: an upper reference."""
@@ -165,6 +187,20 @@ def coverage(found: AnnData, truth: Mapping[str, Table], seed: int) -> float:
     A count's place in its negative binomial is drawn evenly between the probabilities of less and of no more, so that
     discrete counts of a calibrated model are covered exactly.
     """
+    _, place = drawn_places(found, truth, seed)
+    return float(((place > (1 - LEVEL) / 2) & (place < (1 + LEVEL) / 2)).mean())
+
+
+def covered(found: AnnData, truth: Mapping[str, Table], seed: int) -> dict[str, Any]:
+    """Share of the true counts inside the central intervals of every level, and of each gene's inside its 90 %; JSON-ready."""
+    genes, place = drawn_places(found, truth, seed)
+    width = np.abs(2 * place - 1)
+    inside = short((width < LEVEL).mean(0))
+    return {COVERED: short([float((width < level).mean()) for level in LEVELS]), COVERED_GENES: dict(zip(genes, inside, strict=True))}
+
+
+def drawn_places(found: AnnData, truth: Mapping[str, Table], seed: int) -> tuple[list[str], Table]:
+    """The imputed genes with a truth, and each true count's place [n, H] in its negative binomial: even in [0, 1] if that is honest."""
     genes = [gene for gene in map(str, found.var_names) if gene in truth]
     mean = np.maximum(np.asarray(found[:, genes].X, dtype=np.float64), 1e-9)
     variance = np.asarray(found[:, genes].layers["sd"], dtype=np.float64) ** 2
@@ -172,8 +208,7 @@ def coverage(found: AnnData, truth: Mapping[str, Table], seed: int) -> float:
     size = mean**2 / np.maximum(variance - mean, 1e-9 * mean)
     share = size / (size + mean)
     below, upto = nbinom.cdf(true - 1, size, share), nbinom.cdf(true, size, share)
-    place = below + np.random.default_rng(keyed_seed(seed, "coverage")).random(true.shape) * (upto - below)
-    return float(((place > (1 - LEVEL) / 2) & (place < (1 + LEVEL) / 2)).mean())
+    return genes, below + np.random.default_rng(keyed_seed(seed, "coverage")).random(true.shape) * (upto - below)
 
 
 def _scaled(counts: NDArray[Any], totals: Table) -> Table:
@@ -198,7 +233,7 @@ def _entries(config: ImputationProtocol, name: str, bases: Mapping[str, ModelFol
     for seed in config.seeds:
         for fold, hidden in enumerate(np.array_split(np.random.default_rng(seed).permutation(shared), config.gene_folds)):
             told = {"genes": tuple(map(str, hidden)), "seed": recipe.seed + seed}
-            one = Round(query, reference, recipe.model_copy(update=told))
+            one = Round(query, reference, recipe.model_copy(update=told), mapped=seed == config.seeds[0])
             methods: dict[Method, tuple[Ledger, Callable[[], Found]]] = {row: (ledger, partial(one.row, key)) for key, row in ROWS.items()}
             for label, base in bases.items():
                 other = Round(query, reference, begun.model_copy(update=told), base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,35 +11,47 @@ from typing import Any
 import numpy as np
 
 from cellplane.artifact.folder import ModelFolder
-from cellplane.artifact.judgement import Judgement, Tree
+from cellplane.artifact.judgement import UNKNOWN, Judgement, Tree
+from cellplane.data.company import SharedStore
 from cellplane.data.sentences import MemoryStore
-from cellplane.errors import ConfigError
+from cellplane.errors import ConfigError, DataError
 from cellplane.inference import Predictor
 from cellplane.pipelines.base import as_config
 from cellplane.pipelines.calibration import fit_temperature
 from cellplane.pipelines.config import AnnotationConfig, HierarchyConfig, UnknownConfig
-from cellplane.pipelines.hierarchy import label_tree, read_parents
+from cellplane.pipelines.hierarchy import Parents, label_tree, read_parents
 from cellplane.pipelines.linear_member import fit_linear
 from cellplane.pipelines.unknown import Seen, fit_rule, fit_space, places_in, reference_of
 from cellplane.train.finetune import device_named
 
+log = logging.getLogger(__name__)
+
 
 def check_judging(config: AnnotationConfig, classes: Sequence[str]) -> None:
-    """Before any work begins: ConfigError for a tree of labels that cannot be used."""
+    """Before any work begins: ConfigError for a tree of labels that cannot be used, DataError for a type that strangers are called by.
+
+    Without `unknown.reject` such a type is learned, with a warning: cells without known counts are called so as well.
+    """
     tree_of(config, classes)
+    if UNKNOWN not in classes:
+        return
+    told = f"obs[{config.keys.labels_key!r}] has a cell type {UNKNOWN!r}, which is what cells are called that get no answer"
+    if config.unknown.reject:
+        raise DataError(f"{told}: with unknown.reject nobody could tell the two; rename the type, or leave its cells without a label")
+    log.warning("%s: rename it, or leave its cells without a label", told)
 
 
 def tree_of(config: AnnotationConfig, classes: Sequence[str]) -> Tree:
     """The configuration's tree above these classes; ConfigError as of `label_tree`, and for two trees at once."""
-    parents = config.hierarchy.parents
+    parents: Parents = config.hierarchy.parents
     if config.hierarchy_file is not None:
         if parents:
             raise ConfigError("hierarchy.parents and hierarchy_file are both given; keep one")
-        parents = read_parents(Path(config.hierarchy_file))
+        parents = read_parents(Path(config.hierarchy_file), classes)
     return label_tree(parents, classes, config.hierarchy.threshold)
 
 
-def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore], config: AnnotationConfig) -> ModelFolder:
+def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore | SharedStore], config: AnnotationConfig) -> ModelFolder:
     """The model with the judgement of its answers: reference cells from the training ``stores[0]``, all else from ``stores[1]``.
 
     What answers is judged: all members that the folder holds, none of which may have learned from ``stores[1]``.
@@ -74,7 +87,7 @@ def judged(folder: ModelFolder, stores: tuple[MemoryStore, MemoryStore], config:
     return replace(folder, attachments={**folder.attachments, **judgement.attachments()})
 
 
-def _seen(predictor: Predictor, store: MemoryStore) -> Seen:
+def _seen(predictor: Predictor, store: MemoryStore | SharedStore) -> Seen:
     """What the network says of a store's cells, in the order of its table."""
     assert store.table.labels is not None
     logits, z = predictor.logits(store)
@@ -98,6 +111,8 @@ def asked_judgement(own: Judgement, config: AnnotationConfig | Mapping[str, Any]
     if "unknown" in named:
         given = config["unknown"] if isinstance(config, Mapping) else config.unknown
         unknown = as_config(UnknownConfig, given, unknown)
+        if unknown.reject and UNKNOWN in classes:
+            raise ConfigError(f"the model learned a cell type {UNKNOWN!r}: refused cells could not be told from it; ask without reject")
     if {"hierarchy", "hierarchy_file"} & named:
         default = AnnotationConfig(hierarchy=HierarchyConfig(parents=dict(tree.parents), threshold=tree.threshold))
         tree = tree_of(_only_tree(config, default), classes)

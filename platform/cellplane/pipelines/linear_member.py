@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellplane.artifact.linear import Linear, pooled
 from cellplane.artifact.space import Space, rounded
+from cellplane.data.company import SharedStore
 from cellplane.data.sentences import CellTable, MemoryStore
 from cellplane.pipelines.annotation_baselines import ITERATIONS, LOGISTIC_COMPONENTS, variable_genes
 from cellplane.pipelines.base import stratified_split
@@ -54,7 +55,7 @@ class Form:
 
 
 def fit_linear(
-    stores: tuple[MemoryStore, MemoryStore], network: NDArray[np.float32], seed: int, *, calibrated: bool
+    stores: tuple[MemoryStore, MemoryStore | SharedStore], network: NDArray[np.float32], seed: int, *, calibrated: bool
 ) -> tuple[Linear | None, NDArray[np.float32]]:
     """The classifier, learned from all cells, and the logits [C, K] that validation cells get from both; None for a share of 0.
 

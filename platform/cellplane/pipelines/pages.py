@@ -14,6 +14,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
 th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #ddd; text-align: left; }
+div.wide { overflow-x: auto; } div.wide td { white-space: nowrap; } div.wide th { vertical-align: bottom; }
 tr.model td { font-weight: 600; background: #eef4fa; }
 td.better { color: #006b45; } td.worse { color: #a33c00; }
 p.verdict { font-size: 1.15rem; font-weight: 600; background: #eef4fa; padding: 0.8rem 1rem; }
@@ -61,6 +62,6 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def figure(picture: Picture) -> str:
     """A picture with its title and what to see in it."""
     data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    title, caption = html.escape(picture.title), html.escape(picture.caption)
-    image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
+    title, caption, seen = html.escape(picture.title), html.escape(picture.caption), html.escape(picture.described)
+    image = f'<img alt="{seen}" src="data:image/png;base64,{data}">'
     return f"<h2>{title}</h2><figure>{image}<figcaption>{caption}</figcaption></figure>"

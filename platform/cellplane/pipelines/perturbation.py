@@ -25,7 +25,7 @@ from cellplane.errors import ConfigError
 from cellplane.inference import query_keys, record
 from cellplane.pipelines.base import Estimator, base_name, check_transfer
 from cellplane.pipelines.perturbation_answer import KNOWN as KNOWN
-from cellplane.pipelines.perturbation_answer import PER, Fitted, averaged, populations
+from cellplane.pipelines.perturbation_answer import PER, Fitted, averaged, kept, populations
 from cellplane.pipelines.perturbation_answer import fitted_from as fitted_from
 from cellplane.pipelines.perturbation_cells import Perturbation, Screen, groups, named, read_screen, understood
 from cellplane.pipelines.perturbation_config import PerturbationConfig
@@ -55,19 +55,19 @@ class PerturbationPipeline(Estimator):
         ``progress`` and ``keeping`` go along with the last fit, after those that hide perturbations. Raises DataError without
         controls, for perturbations that are no known genes, or where no group has both controls and perturbed cells.
         """
-        self.config = self.configured(config)
-        check_transfer(self.config.transfer, self.base, new=("latent", "decoder"))
-        screen, start, report = read_screen(data, self.config, self.base)
-        learned = learn(screen, self.config, start, Course(progress, keeping))
+        told: PerturbationConfig = self.configured(config)
+        check_transfer(told.transfer, self.base, new=("latent", "decoder"))
+        screen, start, report = read_screen(data, told, self.base)
+        learned = learn(screen, told, start, Course(progress, keeping))
         self.history_ = learned.history
-        self.adopt(self._folder(screen, learned, report))
+        self.adopt(self._folder((screen, report), learned, told))
         return self
 
     def adopt(self, folder: ModelFolder) -> None:
         """Answers with this model from now on, as it was told when it was fitted."""
-        self._known = fitted_from(folder)
-        self.config = self._known.config
-        super().adopt(folder)
+        known = fitted_from(folder)
+        self._answer_with(folder, known.config)
+        self._known = known
 
     @property
     def perturbations_(self) -> tuple[str, ...]:
@@ -81,12 +81,14 @@ class PerturbationPipeline(Estimator):
 
         All cells are taken as controls unless the perturbation column says otherwise. X is the predicted mean over cells of
         log1p of counts scaled to the training controls' median total; layers["delta"] the change from these controls,
-        layers["rates"] expected counts per 10,000; var["measured"] says which genes ``data`` measured. Groups (batch x cell type)
-        are predicted apart and averaged by their cells, or with ``by_group`` given a row each. obs: perturbation, kind, seen (in
-        training), fallback, control_cells. Raises VocabularyError for genes the model does not know, unless `fallback` is
-        mean_of_training; DataError without controls; ConfigError where ``perturbations`` are no names.
+        layers["rates"] expected counts per 10,000 of that same population (see `perturbation_answer.moved`); var["measured"] says
+        which genes ``data`` measured: of others nothing is said, their change and rate are 0. Groups (batch x cell type) are
+        predicted apart and averaged by their cells, or with ``by_group`` given a row each. A+B is B+A. obs: perturbation, kind,
+        seen (these genes were in training with this kind), fallback, control_cells. Raises VocabularyError for genes the model
+        does not know, unless `fallback` is mean_of_training; DataError without controls; ConfigError where ``perturbations`` are
+        no names.
         """
-        state, asked = self._state(), self.configured(config)
+        state, asked = self._state(), self.settings(config)
         names = asked_names(self.perturbations_ if perturbations is None else perturbations)
         for name in names:  # an unknown one is told before anything is read
             state.meaning(name, asked)
@@ -97,8 +99,8 @@ class PerturbationPipeline(Estimator):
             {
                 "perturbation": [row.name for row in rows],
                 "group": [row.group for row in rows],
-                "kind": [asked.kinds.get(row.name, asked.kind) for row in rows],
-                "seen": [row.name in state.names for row in rows],
+                "kind": [row.kind for row in rows],
+                "seen": [row.seen for row in rows],
                 "fallback": [row.answer.fallback for row in rows],
                 "control_cells": [row.cells for row in rows],
             },
@@ -124,9 +126,9 @@ class PerturbationPipeline(Estimator):
         screen, state, network = self._screen(data), self._state(), self._fitted().model
 
         def predict(rows: NDArray[np.int64], one: Perturbation) -> NDArray[np.float64]:
-            return state.measured.blended(predicted(network, screen, rows, one).change, one.name)
+            return state.measured.blended(predicted(network, screen, rows, one).change, one)
 
-        return screen_scores(screen, predict, state.measured.mean, state.config)
+        return screen_scores(screen, predict, state.measured, state.config)
 
     def _state(self) -> Fitted:
         self._fitted()
@@ -134,7 +136,7 @@ class PerturbationPipeline(Estimator):
 
     def _controls(self, data: AnnData) -> tuple[Screen, Mapping[str, Any]]:
         """The control cells of ``data``; all its cells where no column says what was done to them."""
-        config, folder = self._state().config, self._fitted().folder
+        config, folder = self.settings(), self._fitted().folder
         keys = query_keys(data, config.keys)
         table, report = cell_table(data, folder.vocabulary, keys)
         group, _ = groups(data, config.model_copy(update={"keys": _present(data, config)}))
@@ -146,7 +148,7 @@ class PerturbationPipeline(Estimator):
 
     def _screen(self, data: AnnData) -> Screen:
         """Control and perturbed cells over the model's genes; perturbations that it cannot mean are left out."""
-        config, folder = self._state().config, self._fitted().folder
+        config, folder = self.settings(), self._fitted().folder
         table, _ = cell_table(data, folder.vocabulary, query_keys(data, config.keys))
         group, cell_type = groups(data, config.model_copy(update={"keys": _present(data, config)}))
         names = named(data, config)
@@ -169,16 +171,9 @@ class PerturbationPipeline(Estimator):
         }
         return record(self._fitted().folder, {**report, **extra})
 
-    def _folder(self, screen: Screen, learned: Learned, report: Mapping[str, object]) -> ModelFolder:
-        known = {
-            "names": sorted(screen.meaning),
-            "genes": list(screen.genes.labels),
-            "stimuli": list(screen.stimuli),
-            "changes": {name: change.tolist() for name, change in sorted(learned.measured.changes.items())},
-            "share": learned.measured.share,
-            "total": screen.total,
-            "config": self.config.model_dump(mode="json"),
-        }
+    def _folder(self, read: tuple[Screen, Mapping[str, object]], learned: Learned, told: PerturbationConfig) -> ModelFolder:
+        screen, report = read
+        known = kept(screen, learned.measured, told)
         return ModelFolder(
             config=learned.network.config,
             weights=learned.network.cpu().state_dict(),
@@ -190,8 +185,9 @@ class PerturbationPipeline(Estimator):
                 "training_cells": str(screen.table.n_cells),
                 "perturbations": str(len(screen.meaning)),
                 "counts": str(report.get("count_source", "")),
-                "config_sha256": fingerprint(self.config),
+                "config_sha256": fingerprint(told),
                 "best_step": str(learned.step),
+                "keys": told.keys.model_dump_json(),
             },
             attachments={KNOWN: json.dumps(known).encode()},
         )

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,22 +29,29 @@ from cellplane.model.perturbation import KINDS, SIGNS, PairedBatch
 from cellplane.pipelines.base import starting_model
 from cellplane.pipelines.gene_names import GeneNames
 from cellplane.pipelines.imputation_cells import Rows, dense, renumbered, scaled_log
-from cellplane.pipelines.perturbation_config import TARGETS, PerturbationConfig
+from cellplane.pipelines.perturbation_config import TARGETS, Kind, PerturbationConfig
 from cellplane.seeds import keyed_seed
 
 log = logging.getLogger(__name__)
 
 Names = NDArray[np.object_]
 Table = NDArray[np.float64]
+Key = tuple[tuple[int, ...], int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """One perturbation: its ``genes`` as positions (from G on: free stimuli) and its kind's number."""
+    """One perturbation: its ``genes`` as ascending positions (from G on: free stimuli) and its kind's number."""
 
     name: str
     genes: tuple[int, ...]
     kind: int
+
+    @property
+    def key(self) -> Key:
+        """What it means, whatever it is called: A+B is B+A."""
+        return self.genes, self.kind
 
     def columns(self, cells: int) -> dict[str, torch.Tensor]:
         """What a CellBatch of so many cells says of it."""
@@ -58,25 +66,45 @@ class Perturbation:
 
 
 def understood(name: str, config: PerturbationConfig, names: GeneNames, stimuli: Sequence[str]) -> Perturbation | None:
-    """What a name means: the genes of a combination, or of `targets`; a stimulus among ``stimuli`` has a free place. None: unknown."""
-    kind = KINDS.index(config.kinds.get(name, config.kind))
-    if name in stimuli:
-        return Perturbation(name, (len(names.labels) + list(stimuli).index(name),), kind)
-    parts = config.targets.get(name) or tuple(part.strip() for part in name.split(config.separator) if part.strip() != config.control)
-    places = [int(at) for at in names.find(parts)]
-    if not places or min(places) < 0:
+    """What a name means: the genes of a combination, or of `targets`; a stimulus among ``stimuli`` has a free place. None: unknown.
+
+    The order of a combination's parts says nothing, here and in what the configuration says of names.
+    """
+    kind = KINDS.index(kind_of(name, config))
+    place = said_of(name, {stimulus: at for at, stimulus in enumerate(stimuli)}, config)
+    if place is not None:
+        return Perturbation(name, (len(names.labels) + place,), kind)
+    places = sorted(int(at) for at in names.find(said_of(name, config.targets, config) or _parts(name, config)))
+    if not places or places[0] < 0:
         return None
     if len(places) > TARGETS:
         raise DataError(f"{name} perturbs {len(places)} genes; combinations of at most {TARGETS} are understood")
     return Perturbation(name, tuple(places), kind)
 
 
+def kind_of(name: str, config: PerturbationConfig) -> Kind:
+    """The kind of a perturbation: what `kinds` says of its name, else `kind`."""
+    return said_of(name, config.kinds, config) or config.kind
+
+
+def said_of(name: str, said: Mapping[str, T], config: PerturbationConfig) -> T | None:
+    """What is said of a name, or of one with the same parts in another order; None: nothing."""
+    if name in said or config.separator not in name:
+        return said.get(name)
+    parts = sorted(_parts(name, config))
+    return next((value for other, value in said.items() if sorted(_parts(other, config)) == parts), None)
+
+
+def _parts(name: str, config: PerturbationConfig) -> tuple[str, ...]:
+    return tuple(part.strip() for part in name.split(config.separator) if part.strip() not in ("", config.control))
+
+
 @dataclass(frozen=True)
 class Screen:
     """Cells with their ``group`` and perturbation ``name`` [n] ('' = control), and what the names mean.
 
-    ``total`` is the median total of the controls, which counts are scaled to; ``stimuli`` are those without a gene;
-    ``cell_type`` of every group, the group itself where none is known.
+    ``total`` is the median total of some controls, which counts are scaled to, NaN before `told_by`; ``stimuli`` are those
+    without a gene; ``cell_type`` of every group, the group itself where none is known.
     """
 
     table: CellTable
@@ -113,6 +141,30 @@ class Screen:
         rows = np.flatnonzero(kept)
         return replace(self, table=self.table.rows(rows), group=self.group[rows], name=self.name[rows])
 
+    def told_by(self, learning: NDArray[np.bool_], max_genes: int | None = None) -> Screen:
+        """All cells, over genes and in a scale that the cells flagged in ``learning`` [n] tell, and no others.
+
+        Of more than ``max_genes`` (None: any number) the targets stay, and the genes that vary most over these cells; the
+        scale is the median total of the controls among them, over the genes that stay.
+        """
+        screen = self
+        if max_genes is not None and len(self.genes.labels) > max_genes:
+            targets = {gene for one in self.meaning.values() for gene in one.genes if gene < len(self.genes.labels)}
+            screen = self._over(_most_variable(self.table.rows(np.flatnonzero(learning)), sorted(targets), max_genes))
+        return replace(screen, total=float(np.median(screen.table.totals()[learning & (self.name == "")])))
+
+    def _over(self, kept: Rows) -> Screen:
+        """The same cells over some of the genes, given as ascending positions; targets must be among them."""
+        vocabulary, labels = self.genes.vocabulary, self.genes.labels
+        chosen = GeneVocabulary(tuple(vocabulary.gene_ids[gene] for gene in kept), vocabulary.namespace)
+        place = {int(gene): at for at, gene in enumerate(kept)} | {len(labels) + at: len(kept) + at for at in range(len(self.stimuli))}
+        return replace(
+            self,
+            table=renumbered(self.table, kept),
+            genes=GeneNames(chosen, tuple(labels[gene] for gene in kept)),
+            meaning={name: replace(one, genes=tuple(place[gene] for gene in one.genes)) for name, one in self.meaning.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -143,29 +195,43 @@ Read = tuple[Screen, ModelFolder | None, dict[str, object]]
 def read_screen(data: AnnData, config: PerturbationConfig, base: ModelFolder | None) -> Read:
     """The cells of a screen, the base model with the data's genes, and what to report; cells that teach nothing are left out.
 
-    Raises ColumnError for a missing column, DataError without controls, with unknown perturbations (unless left out), or
-    where no group has both controls and perturbed cells.
+    From scratch, `max_genes` are read; all cells tell which, and all controls the scale. Raises what `read_cells` raises, and
+    DataError without a control that shows counts, or where no group has both controls and perturbed cells.
+    """
+    cells, start, report = read_cells(data, config, base)
+    screen = cells.only(with_counts(cells))
+    check_groups(screen.group, screen.name, config)
+    return screen.told_by(np.ones(screen.table.n_cells, dtype=bool), most_genes(config, start)), start, report
+
+
+def read_cells(data: AnnData, config: PerturbationConfig, base: ModelFolder | None) -> Read:
+    """As `read_screen`, with cells that have no counts, over all genes, and in no scale yet: `Screen.told_by` gives one.
+
+    Raises ColumnError for a missing column, DataError without controls, or with unknown perturbations (unless left out).
     """
     start, vocabulary = starting_model(base, data, config.keys, config.new_genes)
     table, report = cell_table(data, vocabulary, config.keys)
     names = named(data, config)
     genes = GeneNames.of(data, vocabulary, config.keys)
     meaning, stimuli = _meanings(names, config, genes)
-    counted = table.totals() > 0
-    if not (counted & (names == "")).any():
+    group, cell_type = groups(data, config)
+    screen = Screen(table, genes, group, names, meaning, np.nan, cell_type, stimuli)
+    return screen.only(np.array([name == "" or name in meaning for name in names])), start, report
+
+
+def with_counts(screen: Screen) -> NDArray[np.bool_]:
+    """Which cells [n] show counts at all, the others being told; DataError where no control does."""
+    counted = screen.table.totals() > 0
+    if not (counted & (screen.name == "")).any():
         raise DataError("no control cell has counts in genes the model knows: a screen is read from its controls")
     if empty := int((~counted).sum()):
-        log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, table.n_cells)
-    kept = counted & np.array([name == "" or name in meaning for name in names])
-    group, cell_type = groups(data, config)
-    table, names, group = table.rows(np.flatnonzero(kept)), names[kept], group[kept]
-    if start is None and len(vocabulary) > config.max_genes:
-        table, vocabulary = _most_variable(table, vocabulary, meaning, config.max_genes)
-        genes = GeneNames.of(data, vocabulary, config.keys)
-        meaning, stimuli = _meanings(names, config, genes)
-    check_groups(group, names, config)
-    total = float(np.median(table.totals()[names == ""]))
-    return Screen(table, genes, group, names, meaning, total, cell_type, stimuli), start, report
+        log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, screen.table.n_cells)
+    return counted
+
+
+def most_genes(config: PerturbationConfig, start: ModelFolder | None) -> int | None:
+    """How many genes are read; None: all that a base model knows."""
+    return config.max_genes if start is None else None
 
 
 def named(data: AnnData, config: PerturbationConfig) -> Names:
@@ -217,20 +283,17 @@ def _meanings(names: Names, config: PerturbationConfig, genes: GeneNames) -> tup
     return found, tuple(stimuli)
 
 
-def _most_variable(
-    table: CellTable, vocabulary: GeneVocabulary, meaning: Mapping[str, Perturbation], wanted: int
-) -> tuple[CellTable, GeneVocabulary]:
-    """The targets and the most variable other genes, in the vocabulary's order."""
+def _most_variable(table: CellTable, targets: Sequence[int], wanted: int) -> Rows:
+    """The targets and the most variable other genes, as ascending positions; more than ``wanted`` where there are more targets."""
     cell = np.repeat(np.arange(table.n_cells), np.diff(table.crow))
-    totals = table.totals()
+    totals, genes = table.totals(), len(table.panel)
     logs = np.log1p(table.value * (np.median(totals) / np.maximum(totals, 1))[cell])
-    sums, squares = (np.bincount(table.gene, weights=logs**power, minlength=len(vocabulary)) for power in (1, 2))
+    sums, squares = (np.bincount(table.gene, weights=logs**power, minlength=genes) for power in (1, 2))
     variance = squares / table.n_cells - (sums / table.n_cells) ** 2
-    targets = [gene for one in meaning.values() for gene in one.genes if gene < len(vocabulary)]
-    variance[targets] = np.inf
-    kept = np.sort(np.argsort(-variance, kind="stable")[: max(wanted, len(targets))])
-    log.info("the %d most variable of %d genes are read and predicted", len(kept), len(vocabulary))
-    return renumbered(table, kept), GeneVocabulary(tuple(vocabulary.gene_ids[gene] for gene in kept), vocabulary.namespace)
+    variance[list(targets)] = np.inf
+    kept: Rows = np.sort(np.argsort(-variance, kind="stable")[: max(wanted, len(targets))])
+    log.info("the %d most variable of %d genes are read and predicted", len(kept), genes)
+    return kept
 
 
 def check_groups(group: Names, names: Names, config: PerturbationConfig) -> None:

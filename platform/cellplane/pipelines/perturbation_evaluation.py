@@ -1,7 +1,8 @@
 """Perturbations that were never seen: each left out of training in turn, or the perturbed cells of one cell type.
 
 The controls of every group are split in three by the seed: A trains, B is predicted from, C tells the truth. A combination is
-left out with any of its genes (PROTOCOLS 9).
+left out with any of its genes (PROTOCOLS 9). What is scored, C and the cells left out, reaches no prediction: which genes are
+read, and the total that counts are scaled to, are told by the training cells of each unit as well.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from cellplane.errors import DataError
 from cellplane.model.cellplm import CellPLM
 from cellplane.pipelines.base import as_config
 from cellplane.pipelines.imputation_cells import Rows
-from cellplane.pipelines.perturbation_cells import Pair, Screen, pairs_of, read_screen
+from cellplane.pipelines.perturbation_cells import Pair, Screen, check_groups, most_genes, pairs_of, read_cells, with_counts
 from cellplane.pipelines.perturbation_config import PerturbationConfig
-from cellplane.pipelines.perturbation_fit import Measured, efficiencies, learn, predicted
+from cellplane.pipelines.perturbation_fit import Measured, learn, predicted
 from cellplane.pipelines.perturbation_scores import Case, Predict, baselines, case_of, correlation, summary
 from cellplane.seeds import keyed_seed
 from cellplane.train.finetune import Course
@@ -58,23 +59,25 @@ def evaluate_perturbation(
 
 @dataclass(frozen=True)
 class Split:
-    """A screen with each control's part [n] (-1: no control), and the pairs whose ``control`` are the truth's."""
+    """A screen with each control's part [n] (-1: no control)."""
 
     screen: Screen
     part: NDArray[np.int64]
 
     @classmethod
     def of(cls, screen: Screen, seed: int) -> Split:
-        """Deals the controls of every group to three parts."""
+        """Deals the controls of every group to three parts, before those without counts are left out: counts decide nothing here."""
         part = np.full(len(screen.name), -1)
         for group in sorted(set(screen.group)):
             rows = np.random.default_rng(keyed_seed(seed, "controls", group)).permutation(screen.rows(group))
             part[rows] = np.arange(len(rows)) % 3
-        return cls(screen, part)
+        kept = with_counts(screen)
+        return cls(screen.only(kept), part[kept])
 
-    def training(self, unit: str, leave_out: LeaveOut) -> Screen:
-        """The cells that may be learned from when ``unit`` is left out."""
-        return self.screen.only((self.part == TRAIN) | ((self.part < 0) & ~self.held(unit, leave_out)))
+    def learning(self, unit: str, leave_out: LeaveOut) -> NDArray[np.bool_]:
+        """The cells [n] that may be learned from when ``unit`` is left out; they alone tell genes and scale, see `Screen.told_by`."""
+        flags: NDArray[np.bool_] = (self.part == TRAIN) | ((self.part < 0) & ~self.held(unit, leave_out))
+        return flags
 
     def held(self, unit: str, leave_out: LeaveOut) -> NDArray[np.bool_]:
         """Perturbed cells [n] that are left out: those of a cell type, or with any gene of a perturbation."""
@@ -88,35 +91,55 @@ class Split:
         """Controls of a group in one part."""
         return np.flatnonzero((self.screen.group == group) & (self.part == part))
 
+    def pairs(self, screen: Screen, config: PerturbationConfig) -> list[Pair]:
+        """What can be scored, in this screen of the same cells: enough perturbed cells, and enough controls in every part."""
+        found = pairs_of(screen, 3 * config.min_cells)
+        return [pair for pair in found if all(len(self.rows(pair.group, part)) >= config.min_cells for part in (INPUT, TRUTH))]
+
 
 def cases_of(data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, base: ModelFolder | None = None) -> Iterator[Case]:
-    """Every perturbation (in every cell type) as a model sees it that learned without it, beside the baselines; split by the seed."""
-    screen, start, _ = read_screen(data, config, base)
-    split = Split.of(screen, config.seed)
-    pairs = pairs_of(screen, 3 * config.min_cells)
-    units = sorted({pair.cell_type if leave_out == "cell_type" else pair.perturbation.name for pair in pairs})
+    """Every perturbation (in every cell type) as a model sees it that learned without it, beside the baselines; split by the seed.
+
+    Each is told in the genes and the scale that its training cells tell. DataError where leaving something out leaves nothing
+    to learn from.
+    """
+    cells, start, _ = read_cells(data, config, base)
+    split = Split.of(cells, config.seed)
+    check_groups(split.screen.group, split.screen.name, config)
+    units = sorted({_unit(pair, leave_out) for pair in split.pairs(split.screen, config)})
     if len(units) < 2:
         raise DataError(f"leaving out a {leave_out.replace('_', ' ')} needs two of them with enough cells, found {units}")
     for unit in units:
-        training = split.training(unit, leave_out)
-        learned = learn(training, config, start, Course())
-        known = pairs_of(training, config.min_cells)
-        network = _asking(learned.network, screen)
-        methods: dict[str, Predict] = {"model": _blending(network, learned.measured), "network_alone": network}
-        methods |= baselines(screen, efficiencies(training, known), learned.measured.mean)
-        mine = [pair for pair in pairs if unit == (pair.cell_type if leave_out == "cell_type" else pair.perturbation.name)]
-        for name in sorted({pair.perturbation.name for pair in mine}):
-            same = [pair for pair in mine if pair.perturbation.name == name]
-            truth = [Pair(pair.group, pair.cell_type, pair.perturbation, split.rows(pair.group, TRUTH), pair.perturbed) for pair in same]
-            inputs = {pair.group: split.rows(pair.group, INPUT) for pair in same}
-            case = case_of(screen, truth, inputs, methods, config.seed)
-            scores = {method: round(correlation(case.truth, found), 3) for method, found in case.answers.items()}
-            log.info("left out %s: %d steps, reliability %.2f, %s", unit, learned.step, case.reliability, scores)
-            yield replace(case, name=f"{name} in {unit}" if leave_out == "cell_type" else name)
+        yield from _left_out(split, unit, leave_out, config, start)
+
+
+def _unit(pair: Pair, leave_out: LeaveOut) -> str:
+    return pair.cell_type if leave_out == "cell_type" else pair.perturbation.name
+
+
+def _left_out(split: Split, unit: str, leave_out: LeaveOut, config: PerturbationConfig, start: ModelFolder | None) -> Iterator[Case]:
+    """One unit's cases."""
+    learning = split.learning(unit, leave_out)
+    if not pairs_of(split.screen.only(learning), config.min_cells):
+        raise DataError(f"leaving out {unit} leaves nothing to learn from: no group has {config.min_cells} controls and cells that stay")
+    screen = split.screen.told_by(learning, most_genes(config, start))
+    learned = learn(screen.only(learning), config, start, Course())
+    network = _asking(learned.network, screen)
+    methods: dict[str, Predict] = {"model": _blending(network, learned.measured), "network_alone": network}
+    methods |= baselines(screen, learned.measured)
+    mine = [pair for pair in split.pairs(screen, config) if _unit(pair, leave_out) == unit]
+    for name in sorted({pair.perturbation.name for pair in mine}):
+        same = [pair for pair in mine if pair.perturbation.name == name]
+        truth = [replace(pair, control=split.rows(pair.group, TRUTH)) for pair in same]
+        inputs = {pair.group: split.rows(pair.group, INPUT) for pair in same}
+        case = case_of(screen, truth, inputs, methods, config.seed)
+        scores = {method: round(correlation(case.truth, found), 3) for method, found in case.answers.items()}
+        log.info("left out %s: %d steps, reliability %.2f, %s", unit, learned.step, case.reliability, scores)
+        yield replace(case, name=f"{name} in {unit}" if leave_out == "cell_type" else name)
 
 
 def _blending(network: Predict, measured: Measured) -> Predict:
-    return lambda rows, one: measured.blended(network(rows, one), one.name)
+    return lambda rows, one: measured.blended(network(rows, one), one)
 
 
 def _asking(network: CellPLM, screen: Screen) -> Predict:

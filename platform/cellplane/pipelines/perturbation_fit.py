@@ -26,7 +26,7 @@ from cellplane.pipelines.base import take_over
 from cellplane.pipelines.imputation_cells import Rows
 from cellplane.pipelines.imputation_fit import SHARES, Until
 from cellplane.pipelines.metrics import correlations
-from cellplane.pipelines.perturbation_cells import Pair, PairObjective, Perturbation, Screen, asked, pairs_of
+from cellplane.pipelines.perturbation_cells import Key, Pair, PairObjective, Perturbation, Screen, asked, pairs_of
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.seeds import keyed_seed
 from cellplane.train.finetune import Best, Course, Look, finetune
@@ -38,6 +38,7 @@ TRANSFERRED = ("embedder.genes_GD", "embedder.linear", "embedder.norm", "embedde
 SENTENCE_CELLS = 256  # control cells that attend to one another when a population is predicted
 CERTAIN = 2.0  # standard errors that a gain on hidden perturbations must exceed
 EFFICIENCY = {"knockout": -2.3, "crispri": -1.6, "crispra": 1.4, "stimulation": 0.0}  # log rates: -90 %, -80 %, times four, none
+USUAL = tuple(EFFICIENCY[kind] for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,30 @@ class Learned:
 
 @dataclass(frozen=True)
 class Measured:
-    """The mean change [G] of every training perturbation over its groups, and its ``share`` in an answer about that perturbation."""
+    """What training pairs tell without a network: every perturbation's mean change [G] over its groups, by its key.
 
-    changes: Mapping[str, Table]
-    share: float = 0.0
+    ``share`` is that change's part in an answer about the perturbation; ``log_efficiency`` of each kind is what the targets'
+    own log rates changed by.
+    """
 
-    def blended(self, change: Table, name: str) -> Table:
+    changes: Mapping[Key, Table]
+    share: float
+    log_efficiency: Sequence[float]
+
+    @classmethod
+    def of(cls, screen: Screen, pairs: Sequence[Pair], share: float = 0.0) -> Measured:
+        """What these pairs tell."""
+        found: dict[Key, list[Table]] = {}
+        for pair in pairs:
+            found.setdefault(pair.perturbation.key, []).append(screen.mean(pair.perturbed) - screen.mean(pair.control))
+        changes = {key: np.asarray(np.mean(mine, axis=0)) for key, mine in found.items()}
+        return cls(changes, share, efficiencies(screen, pairs))
+
+    def blended(self, change: Table, one: Perturbation) -> Table:
         """A predicted change [G] with that share of what was measured elsewhere; as it is where nothing was."""
-        if not self.share or name not in self.changes:
+        if not self.share or one.key not in self.changes:
             return change
-        return (1 - self.share) * change + self.share * self.changes[name]
+        return (1 - self.share) * change + self.share * self.changes[one.key]
 
     @property
     def mean(self) -> Table:
@@ -77,7 +92,7 @@ def learn(screen: Screen, config: PerturbationConfig, start: ModelFolder | None,
     pairs = pairs_of(screen, config.min_cells)
     folds = [Fold.of(screen, pairs, hidden, config, start) for hidden in hidden_pairs(pairs, config)] if config.folds else []
     step = surest_step(folds) if folds else config.optimizer.steps
-    measured = Measured(mean_changes(screen, pairs), best_share(folds))
+    measured = Measured.of(screen, pairs, best_share(folds))
     network = new_network(screen, pairs, config, start)
     log.info("%d pairs of group and perturbation; on hidden ones %d steps, share %.2f were best", len(pairs), step, measured.share)
     history: list[dict[str, float]] = []
@@ -138,9 +153,9 @@ class Fold:
         looked_at = [0, *(int(row["step"]) for row in best.history if "val/pearson" in row)]
         curve = dict(zip(looked_at, look.seen, strict=True))
         network.load_state_dict(best.weights)
-        changes = mean_changes(screen, kept)
-        known = [at for at, pair in enumerate(look.pairs) if pair.perturbation.name in changes]
-        measured = [changes[look.pairs[at].perturbation.name] for at in known]
+        changes = Measured.of(screen, kept).changes
+        known = [at for at, pair in enumerate(look.pairs) if pair.perturbation.key in changes]
+        measured = [changes[look.pairs[at].perturbation.key] for at in known]
         return cls(names, curve, look.truth[known], look.changes()[known], np.stack(measured) if measured else nothing)
 
 
@@ -241,15 +256,7 @@ def efficiencies(screen: Screen, pairs: Sequence[Pair]) -> list[float]:
         for gene in pair.perturbation.genes:
             if gene < len(screen.table.panel) and screen.table.panel[gene]:
                 found.setdefault(pair.perturbation.kind, []).append(float(np.log(after[gene] / before[gene])))
-    return [float(np.mean(found[kind])) if kind in found else EFFICIENCY[name] for kind, name in enumerate(KINDS)]
-
-
-def mean_changes(screen: Screen, pairs: Sequence[Pair]) -> dict[str, Table]:
-    """Of every perturbation the mean over groups of its change, [G]."""
-    found: dict[str, list[Table]] = {}
-    for pair in pairs:
-        found.setdefault(pair.perturbation.name, []).append(screen.mean(pair.perturbed) - screen.mean(pair.control))
-    return {name: np.asarray(np.mean(changes, axis=0)) for name, changes in found.items()}
+    return [float(np.mean(found[kind])) if kind in found else USUAL[kind] for kind in range(len(KINDS))]
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ from cellplane.errors import DataError
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.perturbation_evaluation import cases_of
-from cellplane.pipelines.perturbation_scores import MEASURES, Case, summary
+from cellplane.pipelines.perturbation_scores import MEASURES, Case, in_common, summary
 from cellplane.pipelines.protocol import Entry, Evaluation, Found, Ledger, Method, Place
 from cellplane.pipelines.protocol_run import Finished, Ledgers, Say, base_notes, check_protocol, finish, open_bases, out_of, quiet
 from cellplane.pipelines.significance import bootstrap_interval
+from cellplane.pipelines.task_pictures import CHANGES, ends_and_middle, short
 from cellplane.pipelines.task_protocols import PerturbationProtocol, ScreenData
 
 CEILING = "split-half ceiling"
+DRAWN_GENES = 2000  # besides the differential ones and the perturbed ones, evenly spread over all
 ROWS = {  # as `perturbation_evaluation` calls them -> as a table does
     "model": Method(MODEL_ROW, "model"),
     "network_alone": Method("network alone", "control"),
@@ -44,35 +46,65 @@ SHOWN = (*MEASURES, "discrimination", "of_ceiling")
 class Round:
     """One seed's split of a data set: everything is fitted when the first of its rows is asked for."""
 
-    def __init__(self, data: AnnData, asked: ScreenData, seed: int, base: ModelFolder | None = None) -> None:
+    def __init__(self, data: AnnData, asked: ScreenData, seed: int, base: ModelFolder | None = None, drawn: bool = False) -> None:
         self.data, self.asked, self.seed, self.base = data, asked, seed, base
+        self.drawn = drawn  # whether ours keeps some changes gene by gene, for a picture
+
+    @property
+    def recipe(self) -> PerturbationConfig:
+        """How the networks of this seed are fitted."""
+        recipe = recipe_of(self.asked, self.base)
+        return recipe.model_copy(update={"seed": recipe.seed + self.seed})
 
     @cached_property
     def cases(self) -> list[Case]:
         """Every perturbation as predicted by models that never saw it."""
-        recipe = recipe_of(self.asked, self.base)
-        seeded: PerturbationConfig = recipe.model_copy(update={"seed": recipe.seed + self.seed})
-        return list(cases_of(self.data, seeded, self.asked.leave_out, self.base))
+        return list(cases_of(self.data, self.recipe, self.asked.leave_out, self.base))
 
     def row(self, name: str, apart: bool) -> Found:
         """The scores of a method over the perturbations of one table."""
         found = self.summary(apart)
         row = found[name]
-        told = {key: row[key] for key in ("interval", "by_perturbation")}
-        return Found({key: float(row[key]) for key in SHOWN}, {**told, "unreliable": found["unreliable"]})
+        told = {key: row[key] for key in ("interval", "by_perturbation")} | {"unreliable": found["unreliable"]}
+        if name == "model" and self.drawn:
+            told[CHANGES] = self.changes(apart, row["by_perturbation"])
+        return Found({key: float(row[key]) for key in SHOWN}, told)
 
     def ceiling(self, apart: bool) -> Found:
         """What a perfect prediction would score."""
         found = self.summary(apart)
         return Found({"pearson": float(found["ceiling"])}, {"reliability": found["reliability"]})
 
+    def changes(self, apart: bool, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Measured and predicted change of at most 2,000 genes of the best, the median and the worst perturbation; JSON-ready."""
+        chosen = in_common([case for name in ends_and_middle(scores) for case in self.of_table(apart) if case.name == name])
+        genes = chosen[0].genes
+        named = np.unique(np.concatenate([[*case.de, *case.targets] for case in chosen])).astype(np.int64)
+        rest = np.setdiff1d(np.arange(len(genes)), named)
+        kept = np.sort(np.concatenate([named, rest[:: -(-len(rest) // DRAWN_GENES) or 1]]))
+        of = {
+            case.name: {
+                "truth": short(case.truth[kept]),
+                "predicted": short(case.answers["model"][kept]),
+                "de": np.searchsorted(kept, case.de).tolist(),
+                "targets": np.searchsorted(kept, case.targets).tolist(),
+                "pearson": scores[case.name],
+            }
+            for case in chosen
+        }
+        return {"genes": [genes[gene] for gene in kept], "of": of}
+
     def summary(self, apart: bool) -> Mapping[str, Any]:
         """`perturbation_scores.summary` of the perturbations of one table."""
+        return summary(self.of_table(apart), self.seed)
+
+    def of_table(self, apart: bool) -> list[Case]:
+        """The perturbations of one table; DataError where there is none."""
         mine = [case for case in self.cases if (case.name.split(" in ")[0] in self.asked.apart) == apart]
         if not mine:
             listed = ", ".join(sorted(case.name for case in self.cases))
             raise DataError(f"apart: {', '.join(self.asked.apart)} leaves an empty table; enough cells have {listed}: name some of these")
-        return summary(mine, self.seed)
+        return mine
 
 
 def recipe_of(asked: ScreenData, base: ModelFolder | None) -> PerturbationConfig:
@@ -122,7 +154,7 @@ def _entries(screened: Screened, seeds: Sequence[int], to: tuple[Ledgers, Say]) 
         raise DataError(f"{name}: apart names {absent[0]}, which is not in obs[{asked.recipe.perturbation_key!r}]; name one that is there")
     entries = []
     for seed in seeds:
-        one = Round(data, asked, seed)
+        one = Round(data, asked, seed, drawn=seed == seeds[0])
         begun = {label: Round(data, asked, seed, base) for label, base in screened.bases.items()}
         for apart in (False, True) if asked.apart else (False,):
             place = Place(name, f"{asked.leave_out.replace('_', ' ')} left out{', apart' * apart}", 0, seed)

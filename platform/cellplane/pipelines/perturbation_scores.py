@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from cellplane.errors import DataError
 from cellplane.pipelines.imputation_cells import Rows
 from cellplane.pipelines.perturbation_cells import Pair, Perturbation, Screen, pairs_of
 from cellplane.pipelines.perturbation_config import PerturbationConfig
-from cellplane.pipelines.perturbation_fit import efficiencies, halved
+from cellplane.pipelines.perturbation_fit import Measured, halved
 from cellplane.seeds import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ MEASURES = ("pearson", "pearson_top20", "pearson_top20_without_target", "directi
 class Case:
     """A measured change [G] of one perturbation and what each method predicts, all weighted over groups by perturbed cells.
 
-    ``de`` are the 20 most differential genes, ``targets`` the perturbed ones; ``reliability`` the split-half correlation.
+    ``de`` are the 20 most differential genes, ``targets`` the perturbed ones; ``reliability`` the split-half correlation;
+    ``genes`` [G] the labels of all, which may be others in another case: each training set chooses its own.
     """
 
     name: str
@@ -46,28 +47,39 @@ class Case:
     de: Rows
     targets: tuple[int, ...]
     reliability: float
+    genes: tuple[str, ...]
 
 
 def case_of(screen: Screen, pairs: Sequence[Pair], inputs: Mapping[str, Rows], methods: Mapping[str, Predict], seed: int) -> Case:
-    """One perturbation in its groups: ``pair.control`` are the truth's controls, ``inputs`` those each group is predicted from."""
+    """One perturbation in its groups: ``pair.control`` are the truth's controls, ``inputs`` those each group is predicted from.
+
+    Genes that the screen did not measure have no change, whatever a method says of them.
+    """
     weights = np.array([len(pair.perturbed) for pair in pairs], dtype=np.float64)
     one = pairs[0].perturbation
 
     def mean(tables: Sequence[Table]) -> Table:
-        return np.asarray(np.average(tables, axis=0, weights=weights))
+        return np.where(screen.table.panel, np.average(tables, axis=0, weights=weights), 0.0)
 
     truth = mean([screen.mean(pair.perturbed) - screen.mean(pair.control) for pair in pairs])
     answers = {name: mean([predict(inputs[pair.group], one) for pair in pairs]) for name, predict in methods.items()}
-    genes = tuple(gene for gene in one.genes if gene < len(truth))
-    return Case(one.name, truth, answers, differential(screen, pairs), genes, reliability(screen, pairs, seed))
+    targets = tuple(gene for gene in one.genes if gene < len(truth))
+    return Case(one.name, truth, answers, differential(screen, pairs), targets, reliability(screen, pairs, seed), screen.genes.labels)
 
 
 def differential(screen: Screen, pairs: Sequence[Pair]) -> Rows:
-    """The genes whose mean log differs most between perturbed cells and the truth's controls, by Welch's t, at most 20."""
-    sides = [np.concatenate([getattr(pair, side) for pair in pairs]) for side in ("perturbed", "control")]
-    means = [screen.logs[rows].mean(0) for rows in sides]
-    errors = [screen.logs[rows].var(0) / len(rows) for rows in sides]
-    t = np.abs(means[0] - means[1]) / np.sqrt(errors[0] + errors[1] + 1e-12)
+    """The genes whose mean log differs most between perturbed cells and the truth's controls of their own group, at most 20.
+
+    By Welch's t of the mean over groups, weighted by perturbed cells as the truth is: a gene that tells groups apart is none,
+    however unequally perturbed cells and controls are spread over them.
+    """
+    difference, variance = np.zeros((2, screen.logs.shape[1]))
+    cells = sum(len(pair.perturbed) for pair in pairs)
+    for pair in pairs:
+        weight, perturbed, control = len(pair.perturbed) / cells, screen.logs[pair.perturbed], screen.logs[pair.control]
+        difference += weight * (perturbed.mean(0) - control.mean(0))
+        variance += weight**2 * (perturbed.var(0) / len(perturbed) + control.var(0) / len(control))
+    t = np.abs(difference) / np.sqrt(variance + 1e-12)
     return np.argsort(-t, kind="stable")[:TOP]
 
 
@@ -103,17 +115,36 @@ def measures(case: Case, found: Table) -> dict[str, float]:
 def discrimination(cases: Sequence[Case], method: str) -> float:
     """How high each true perturbation ranks among all predictions by correlation with its truth: 1 always first, .5 chance.
 
-    NaN for a single perturbation. "The mean of the others" cannot win here.
+    Over the genes that all cases have. NaN for a single perturbation. "The mean of the others" cannot win here.
     """
     if len(cases) < 2:
         return float("nan")
-    ranks = []
-    for case in cases:
-        scores = np.array([correlation(case.truth, other.answers[method]) for other in cases])
-        own = scores[[other is case for other in cases]][0]
+    ranks, comparable = [], in_common(cases)
+    for at, case in enumerate(comparable):
+        scores = np.array([correlation(case.truth, other.answers[method]) for other in comparable])
+        own = scores[at]
         better, equal = (scores > own).sum(), (scores == own).sum() - 1
         ranks.append(1 - (better + equal / 2) / (len(cases) - 1))
     return float(np.mean(ranks))
+
+
+def in_common(cases: Sequence[Case]) -> list[Case]:
+    """The cases over the genes that all of them have, in their order; differential genes and targets are those among them."""
+    common = set(cases[0].genes).intersection(*(case.genes for case in cases))
+    return [case if len(case.genes) == len(common) else _over(case, common) for case in cases]
+
+
+def _over(case: Case, genes: set[str]) -> Case:
+    kept = np.flatnonzero([gene in genes for gene in case.genes])
+    place = {int(gene): at for at, gene in enumerate(kept)}
+    return replace(
+        case,
+        truth=case.truth[kept],
+        answers={name: answer[kept] for name, answer in case.answers.items()},
+        de=np.array([place[gene] for gene in case.de.tolist() if gene in place], dtype=np.int64),
+        targets=tuple(place[gene] for gene in case.targets if gene in place),
+        genes=tuple(case.genes[gene] for gene in kept),
+    )
 
 
 def summary(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
@@ -143,8 +174,9 @@ def summary(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def baselines(screen: Screen, log_efficiency: Sequence[float], mean_change: Table) -> dict[str, Predict]:
-    """What needs no network: only the target changes (by its kind's usual efficiency), the mean of the others, no change."""
+def baselines(screen: Screen, measured: Measured) -> dict[str, Predict]:
+    """What needs no network: only the target changes (by its kind's efficiency), the mean of the training perturbations, no change."""
+    log_efficiency, mean_change = measured.log_efficiency, measured.mean
 
     def target_only(rows: Rows, one: Perturbation) -> Table:
         before = screen.mean(rows)
@@ -161,15 +193,16 @@ def baselines(screen: Screen, log_efficiency: Sequence[float], mean_change: Tabl
     }
 
 
-def screen_scores(screen: Screen, predict: Predict, mean_change: Table, config: PerturbationConfig) -> dict[str, Any]:
+def screen_scores(screen: Screen, predict: Predict, measured: Measured, config: PerturbationConfig) -> dict[str, Any]:
     """Every perturbation of a screen scored by `summary`: one half of each group's controls goes in, the other tells the truth.
 
-    Rows: model, target_only, mean_of_others (here the mean of the training perturbations) and no_change.
+    Rows: model, target_only (by the efficiencies of the training pairs), mean_of_others (here the mean of the training
+    perturbations) and no_change.
     """
     pairs = pairs_of(screen, 2 * config.min_cells)
     if not pairs:
         raise DataError(f"no group has {2 * config.min_cells} controls and as many cells of one perturbation: nothing can be scored")
-    methods = {"model": predict, **baselines(screen, efficiencies(screen, []), mean_change)}
+    methods = {"model": predict, **baselines(screen, measured)}
     cases = []
     for name in sorted({pair.perturbation.name for pair in pairs}):
         mine = [pair for pair in pairs if pair.perturbation.name == name]

@@ -26,8 +26,8 @@ import numpy as np
 from cellplane.errors import StorageError
 from cellplane.pipelines.significance import Difference, paired_difference
 
-Kind = Literal["model", "control", "baseline", "ceiling"]
-KINDS: tuple[Kind, ...] = ("model", "baseline", "control", "ceiling")  # the order of a table's rows
+Kind = Literal["model", "control", "baseline", "ceiling", "stranger"]
+KINDS: tuple[Kind, ...] = ("model", "baseline", "control", "ceiling", "stranger")  # the order of a table's rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Method:
-    """What was measured, and what it is: ours (model), to beat (baseline), to explain (control), or the most there is (ceiling)."""
+    """What was measured, and what it is: ours (model), to beat (baseline), to explain (control), the most there is (ceiling).
+
+    A stranger is no method: the row is about a type that was left out, and its columns are methods.
+    """
 
     name: str
     kind: Kind
@@ -133,11 +136,17 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of an evaluation; the caption says what to see in it."""
+    """A PNG of an evaluation; the caption says what to see in it, ``alt`` what it shows to those who cannot see it ("": the title)."""
 
     title: str
     path: Path
     caption: str = ""
+    alt: str = ""
+
+    @property
+    def described(self) -> str:
+        """What stands in its place where it is not seen."""
+        return self.alt or self.title
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,7 @@ class Evaluation:
                 "metric": self.metric,
                 "model": self.model,
                 "notes": list(self.notes),
-                "pictures": [{"title": one.title, "file": one.path.name, "caption": one.caption} for one in self.pictures],
+                "pictures": [_plain_picture(one) for one in self.pictures],
                 "tables": [self._plain_table(dataset, protocol) for dataset, protocol in self.tables()],
                 "entries": [asdict(entry) for entry in self.entries],
             }
@@ -262,6 +271,10 @@ class Evaluation:
     def _by_place(self, dataset: str, protocol: str, method: str) -> dict[Place, Entry]:
         wanted = (dataset, protocol, method)
         return {one.place: one for one in self.entries if (one.place.dataset, one.place.protocol, one.method.name) == wanted}
+
+
+def _plain_picture(picture: Picture) -> dict[str, str]:
+    return {"title": picture.title, "file": picture.path.name, "caption": picture.caption, "alt": picture.described}
 
 
 def _values(entries: Sequence[Entry], metrics: Sequence[str]) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ from cellplane.errors import ConfigError, DataError
 from cellplane.pipelines.evaluation_report import Report, log_evaluation, write_report
 from cellplane.pipelines.protocol import Evaluation, Ledger
 from cellplane.pipelines.protocol_config import EvaluatedData, Protocol
+from cellplane.pipelines.task_pictures import with_pictures
 from cellplane.tracking.registry import resolve_model
 from cellplane.tracking.runs import resolve_uri
 
@@ -131,7 +132,8 @@ def base_notes(name: str, files: Sequence[str], bases: Mapping[str, ModelFolder]
 
 
 def finish(evaluation: Evaluation, config: Protocol, title: str) -> Finished:
-    """Writes the report and tells the tracker."""
+    """Draws what the task's entries allow beside the pictures that are there, writes the report and tells the tracker."""
     out = out_of(config, evaluation.task)
+    evaluation = with_pictures(evaluation, out / "pictures")
     report = write_report(evaluation, out, title)
     return Finished(evaluation, report, log_evaluation(evaluation, out, fingerprint(config), to_plain(config), config.tracking_uri))

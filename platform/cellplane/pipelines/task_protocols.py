@@ -1,4 +1,4 @@
-"""What the full protocols of denoising, imputation and perturbation are told: data sets, recipes, seeds."""
+"""What the full protocols of denoising, imputation, perturbation and unknown types are told: data sets, recipes, seeds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from cellplane.config import Config
+from cellplane.data.company import Context
 from cellplane.data.config import DataKeys
-from cellplane.pipelines.config import DenoisingConfig
+from cellplane.pipelines.config import AnnotationConfig, DenoisingConfig
 from cellplane.pipelines.imputation_config import ImputationConfig
 from cellplane.pipelines.perturbation_config import PerturbationConfig
-from cellplane.pipelines.protocol_config import Protocol
+from cellplane.pipelines.protocol_config import EvaluatedData, Protocol
 
 STRIP_UM = 50.0  # between the halves of one tissue (PROTOCOLS 6)
 
@@ -83,3 +84,27 @@ class PerturbationProtocol(Protocol):
     """What is scored."""
     data: dict[str, ScreenData] = {}  # type: ignore[assignment]
     """Data sets by name."""
+
+
+class StrangerData(EvaluatedData):
+    """A labelled data set whose types are left out in turn."""
+
+    types: tuple[str, ...] | None = None
+    """Types that play the stranger; None: all that have the fewest cells or more."""
+
+
+class UnknownProtocol(Protocol):
+    """Cells of a type that was never learned, told from known ones by our score and by simple ones."""
+
+    task: Literal["unknown"] = "unknown"
+    """What is scored."""
+    data: dict[str, StrangerData] = {}  # type: ignore[assignment]
+    """Data sets by name; coordinates are not read."""
+    contexts: tuple[Context, ...] = Field(("own", "self"), min_length=1)
+    """In whose company the asked cells are read: beside one another, and each alone."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of every type's cells that are asked about; of a stranger with fewer than fewest_cells of them, all."""
+    recipe: AnnotationConfig = AnnotationConfig()
+    """From scratch, fitted anew without each type; its seed and keys are filled in."""
+    finetune: AnnotationConfig | None = None
+    """From a base, which brings its own network; None: as the recipe."""

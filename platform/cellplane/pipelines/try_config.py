@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,10 @@ from cellplane.data.config import DataKeys
 from cellplane.errors import ConfigError, DataError
 from cellplane.pipelines.config import SMALL_DECODING, AnnotationConfig, DenoisingConfig
 from cellplane.pipelines.imputation_config import ImputationConfig
+from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.train.config import OptimizerConfig
+
+PATH_DIGITS = 6  # of the place of a file, behind its name: two files of one name are told apart
 
 
 class TryConfig(Config):
@@ -31,20 +35,27 @@ class TryConfig(Config):
     seed: int = Field(0, ge=0)
     """Of what is hidden, the recipe and the simple methods."""
     out: str | None = None
-    """Folder of the report and the answer; None: $CELLPLANE_HOME/tried/<task>-<file>."""
+    """Folder of the report and the answer; None: $CELLPLANE_HOME/tried/<task>-<file>-<six digits of where it lies>."""
     tracking_uri: str | None = None
     """MLflow server or database, only to find a registered base model."""
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
-        name = f"{getattr(self, 'task', 'try')}-{Path(self.data).stem}"
-        return Path(self.out) if self.out else home() / "tried" / name
+        """Where everything is written; a file of the same name in another folder has a folder of its own."""
+        if self.out:
+            return Path(self.out)
+        digits = hashlib.sha256(str(Path(self.data).resolve()).encode()).hexdigest()[:PATH_DIGITS]
+        return home() / "tried" / f"{getattr(self, 'task', 'try')}-{Path(self.data).stem}-{digits}"
 
     @property
     def answer(self) -> Path:
         """The file of the winner's answer; never the input."""
         return self.folder / f"{Path(self.data).stem}.answer.h5ad"
+
+    @property
+    def learned(self) -> Path:
+        """The model folder, where that is the answer."""
+        return self.folder / "model"
 
     def check(self) -> None:
         """ConfigError when no file is named, DataError when one is not there."""
@@ -90,3 +101,39 @@ class TryDenoising(TryConfig):
         keys=DataKeys(), model=SMALL_DECODING, optimizer=OptimizerConfig(steps=300, lr=5e-3, weight_decay=1e-6, warmup_steps=20)
     )
     """How the model learns."""
+
+
+class TryPerturbation(TryConfig):
+    """Leaves perturbations out and foretells from control cells what they do."""
+
+    task: Literal["perturb"] = "perturb"
+    """What is tried."""
+    leave_out: Literal["auto", "perturbation", "cell_type"] = "auto"
+    """What is left out in turn: each perturbation, or the perturbed cells of each cell type (recipe.keys.labels_key); auto: the latter
+    where fewer than three perturbations have enough cells."""
+    recipe: PerturbationConfig = PerturbationConfig()
+    """How the model learns, and how the file says what was done: perturbation_key, control, kind, targets, ignore."""
+
+
+class TryEmbedding(TryConfig):
+    """Places the cells by a base model and by simple methods, and looks which places keep the cell types together."""
+
+    task: Literal["embed"] = "embed"
+    """What is tried."""
+    halvings: int = Field(5, ge=2)
+    """How often the cells are dealt in two halves; every half is placed and clustered by itself."""
+    max_cells: int = Field(6000, ge=100)
+    """At most so many labelled cells are dealt, drawn by the seed."""
+    keys: DataKeys = DataKeys(labels_key="cell_type")
+    """Where counts and labels lie. The labels only judge; with a batch_key the mixing of samples is told as well."""
+
+    def check(self) -> None:
+        """ConfigError also without a base model or a column of labels."""
+        super().check()
+        if self.base_model is None:
+            raise ConfigError(
+                "nothing is learned here, so a base model is needed: --base-model FOLDER or models:/NAME@ALIAS. `cellplane models list` "
+                "shows those you have, `cellplane models import` brings an official checkpoint, `cellplane pretrain` makes one"
+            )
+        if self.keys.labels_key is None:
+            raise ConfigError("places are judged by labels: name their obs column with --labels-key")

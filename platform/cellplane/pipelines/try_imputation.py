@@ -10,6 +10,7 @@ import pandas as pd
 
 from cellplane.data.sources import AnnData, read_h5ad
 from cellplane.errors import ConfigError, DataError, VocabularyError
+from cellplane.genes import MINIMUM_SHARED_GENES
 from cellplane.pipelines.drawing import draw_gene_correlations, new_axes
 from cellplane.pipelines.imputation import SpatialImputationPipeline
 from cellplane.pipelines.imputation_baselines import BASELINES, Counts, baseline_predictions
@@ -26,15 +27,15 @@ from cellplane.pipelines.verdict import Measure, Verdict, mean_lead
 
 MEASURE = Measure("mean correlation of predicted and measured expression", "hidden genes")
 ROWS = {MODEL_ROW: "model", **{name: name for name in BASELINES}}  # the row's name here, and in the pipeline's scores
-SPARE = 10  # observed genes that must stay when a part is hidden
 
 
 def measure_imputation(config: TryImputation, bench: Bench) -> Tried:
     """Hides the shared genes part by part; every part is measured once and remembered."""
+    if config.hidden_genes < config.folds:
+        raise ConfigError(f"hidden_genes {config.hidden_genes} are too few for {config.folds} folds: each hides one gene at least")
     query, reference, recipe, notes = _read(config)
     shared = _shared(query, reference, recipe)
-    needed = max(2 * config.folds, SPARE * config.folds // (config.folds - 1))
-    if len(shared) < needed:
+    if len(shared) < (needed := fewest_shared(config.folds, config.hidden_genes)):
         raise DataError(
             f"file and reference share {len(shared)} genes, at least {needed} are needed to hide some in {config.folds} parts: "
             "check that both name genes alike (cellplane data genes), or take another reference"
@@ -59,6 +60,14 @@ def measure_imputation(config: TryImputation, bench: Bench) -> Tried:
     lost = len(hidden) - len(per_gene[MODEL_ROW])
     notes.append(f"{len(hidden)} of {len(shared)} shared genes were hidden; {lost} of them do not vary in the file and say nothing.")
     return Tried(verdict, evaluation_of("pearson", entries, "impute", notes, [picture]))
+
+
+def fewest_shared(folds: int, most: int) -> int:
+    """How many genes must be shared to hide two in every fold (``most`` in all) and still show what an imputation rests on."""
+    needed = 2 * folds
+    while needed - -(-min(needed, most) // folds) < MINIMUM_SHARED_GENES:  # the largest fold is hidden
+        needed += 1
+    return needed
 
 
 def _shared(query: AnnData, reference: AnnData, recipe: ImputationConfig) -> list[str]:
@@ -122,7 +131,7 @@ def _simple_answer(query: AnnData, problem: Any, wanted: list[str], how: tuple[s
     expected = np.expm1(np.maximum(logs, 0)) / problem.total * counts.query.sum(1)[:, None]
     var = pd.DataFrame(index=pd.Index(wanted))
     layers = {"log1p": np.log1p(expected).astype(np.float32)}
-    return AnnData(X=expected.astype(np.float32), obs=query.obs.copy(), var=var, layers=layers, obsm=dict(query.obsm))
+    return AnnData(X=expected.astype(np.float32), obs=query.obs.copy(), var=var, layers=layers, obsm=dict(query.obsm.copy()))
 
 
 IMPUTE = Task(TryImputation, measure_imputation, answer_imputation)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from cellplane.artifact.folder import load_model
+from cellplane.artifact.folder import ModelFolder, load_model
 from cellplane.config import home
 from cellplane.data.sources import AnnData
 from cellplane.pipelines.protocol import Entry, Evaluation, Ledger, Picture
@@ -16,6 +16,11 @@ from cellplane.pipelines.verdict import Verdict
 from cellplane.tracking.registry import resolve_model
 
 Say = Callable[[str], None]
+Answer: TypeAlias = "AnnData | ModelFolder | None"
+BOOTSTRAP = (
+    "The interval comes from drawing the hidden units again (paired bootstrap, 95 %). It does not cover what another seed of the "
+    "network or other samples would change: repeat with --seed 1 before a small lead decides anything."
+)
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,20 @@ class Bench:
 
 @dataclass(frozen=True)
 class Tried:
-    """What came out: the verdict, all scores, pictures, and notes that a reader needs to believe it."""
+    """What came out: the verdict, all scores, pictures, notes that a reader needs to believe it, and ``how`` sure it is."""
 
     verdict: Verdict
     evaluation: Evaluation
+    how: str = BOOTSTRAP
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is tried, and how the winner answers: the AnnData to write, None when there is nothing to answer; and why."""
+    """How a task is tried, and how the winner answers: the AnnData or model to write, None when there is nothing to; and why."""
 
     config: type[Any]
     measure: Callable[[Any, Bench], Tried]
-    answer: Callable[[Any, str], tuple[AnnData | None, str]]
+    answer: Callable[[Any, str], tuple[Answer, str]]
 
 
 def how_long(seconds: float) -> str:

@@ -9,39 +9,38 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cellplane import __version__
-from cellplane.artifact.folder import verify_model
+from cellplane.artifact.folder import ModelFolder, save_model, verify_model
 from cellplane.config import fingerprint, home
-from cellplane.data.files import leaves_nothing
+from cellplane.data.files import atomic_file, leaves_nothing
 from cellplane.data.inputs import source_sha256
 from cellplane.data.sources import read_h5ad, write_h5ad
 from cellplane.errors import DataError, about
-from cellplane.pipelines.evaluation_report import LEGEND, sections
+from cellplane.pipelines.evaluation_report import LEGEND, as_markdown, sections
 from cellplane.pipelines.pages import paragraph, write_page
 from cellplane.pipelines.protocol import Ledger
 from cellplane.pipelines.try_annotation import ANNOTATE
 from cellplane.pipelines.try_config import TryConfig
 from cellplane.pipelines.try_denoising import DENOISE
+from cellplane.pipelines.try_embedding import EMBED
 from cellplane.pipelines.try_imputation import IMPUTE
 from cellplane.pipelines.try_parts import Bench, Say, Task, Tried
+from cellplane.pipelines.try_perturbation import PERTURB
 from cellplane.pipelines.verdict import Verdict
 from cellplane.tracking.registry import resolve_model
 
 log = logging.getLogger(__name__)
 
-TASKS: Mapping[str, Task] = {"annotate": ANNOTATE, "impute": IMPUTE, "denoise": DENOISE}
-NO_SEED = (
-    "The interval comes from drawing the hidden units again (paired bootstrap, 95 %). It does not cover what another seed of the "
-    "network or other samples would change: repeat with --seed 1 before a small lead decides anything."
-)
+TASKS: Mapping[str, Task] = {"annotate": ANNOTATE, "embed": EMBED, "impute": IMPUTE, "denoise": DENOISE, "perturb": PERTURB}
 
 
 @dataclass(frozen=True)
 class TryReport:
-    """The verdict, the page about it, and with --auto the file of the answer (None: nothing to answer) and what it holds."""
+    """The verdict, the page about it, and with --auto the file or model folder of the answer (None: there is none) and what it holds."""
 
     verdict: Verdict
     page: Path
@@ -68,35 +67,45 @@ def run_try(config: TryConfig, say: Say | None = None) -> TryReport:
 
 
 def write_try_page(config: TryConfig, tried: Tried) -> Path:
-    """report.html: the verdict on top, what it rests on below."""
-    body = [paragraph(tried.verdict.text, "verdict"), paragraph(NO_SEED), paragraph(LEGEND), *sections(tried.evaluation)]
-    return write_page(config.folder / "report.html", f"Try {tried.evaluation.task}: {Path(config.data).name}", body)
+    """report.html: the verdict on top, what it rests on below; the same as report.md beside it."""
+    title = f"Try {tried.evaluation.task}: {Path(config.data).name}"
+    told = as_markdown(tried.evaluation, title, config.folder).split("\n\n", 1)  # heading | the rest
+    body = [paragraph(tried.verdict.text, "verdict"), paragraph(tried.how), paragraph(LEGEND), *sections(tried.evaluation)]
+    page = write_page(config.folder / "report.html", title, body)
+    with atomic_file(config.folder / "report.md") as temporary:
+        temporary.write_text("\n\n".join([told[0], f"**{tried.verdict.text}**", tried.how, *told[1:]]), encoding="utf-8")
+    return page
 
 
 def _answer(config: TryConfig, task: Task, winner: str, identity: str) -> tuple[Path | None, str]:
     """The winner's answer, written now or by an earlier run of the same trial."""
-    path = config.answer
-    if (told := _answered(path, identity, winner)) is not None:
-        return path, f"{told} (written before)"
+    auto = {"identity": identity, "winner": winner}
+    for path in (config.answer, config.learned):
+        if (told := _answered(path, auto)) is not None:
+            return path, f"{told} (written before)"
     found, told = task.answer(config, winner)
     if found is None:
         return None, told
-    found.uns["auto"] = {"identity": identity, "winner": winner, "told": told}
-    write_h5ad(found, path)
-    return path, told
+    if isinstance(found, ModelFolder):
+        return save_model(replace(found, lineage={**found.lineage, **auto, "told": told}), config.learned), told
+    found.uns["auto"] = {**auto, "told": told}
+    write_h5ad(found, config.answer)
+    return config.answer, told
 
 
-def _answered(path: Path, identity: str, winner: str) -> str | None:
+def _answered(path: Path, auto: Mapping[str, str]) -> str | None:
     """What the answer of this very trial says of itself; None when there is none."""
-    if not path.is_file():
-        return None
     try:
-        known = read_h5ad(path, backed=True)
+        known = verify_model(path)["lineage"] if path.is_dir() else _auto_of(path) if path.is_file() else {}
     except DataError:
         return None
+    return str(known["told"]) if all(known.get(key) == value for key, value in auto.items()) else None
+
+
+def _auto_of(path: Path) -> Mapping[str, Any]:
+    known = read_h5ad(path, backed=True)
     try:
-        auto = known.uns.get("auto", {})
-        return str(auto["told"]) if (auto.get("identity"), auto.get("winner")) == (identity, winner) else None
+        return dict(known.uns.get("auto", {}))
     finally:
         known.file.close()
 

@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellplane.artifact.judgement import Reference, StrangerRule, mean_distance, stranger_features
 from cellplane.artifact.space import Space, rounded
+from cellplane.data.company import READ_ONLY, SharedStore
 from cellplane.data.sentences import CellTable, MemoryStore
 from cellplane.pipelines.baselines import PANEL_GENES, table_logs
 from cellplane.pipelines.config import UnknownConfig
@@ -65,12 +66,13 @@ def fit_space(table: CellTable, seed: int, components: int = COMPONENTS) -> Spac
     return Space(rounded(pca.components_.T), pca.mean_.astype(np.float32), total)
 
 
-def places_in(space: Space, store: MemoryStore) -> NDArray[np.float32]:
+def places_in(space: Space, store: MemoryStore | SharedStore) -> NDArray[np.float32]:
     """Where a store's cells lie, in the order of its table."""
     out = np.zeros((store.table.n_cells, space.axes.shape[1]), dtype=np.float32)
     for sentence in range(len(store.sentences)):
         batch = store.read([sentence])
-        out[batch.row.numpy()] = space.places(batch)
+        row = batch.row.numpy()
+        out[row[row != READ_ONLY]] = space.places(batch)[row != READ_ONLY]
     return out
 
 

@@ -74,27 +74,52 @@ def evaluate_unknown(
     ConfigError for a type that is not there, DataError for fewer than three types: without one, two must be left to learn.
     """
     options = options or UnknownEvaluation()
-    labels = column(data, str(recipe.keys.labels_key))
-    usable = np.flatnonzero([label is not None and label not in UNLABELLED for label in labels])
-    types = _types(labels[usable], options)
-    expression = _expression(data, recipe)
+    strangers = Strangers.of(data, recipe, options)
     rows: dict[str, Any] = {}
-    for done, name in enumerate(types):
+    for done, name in enumerate(strangers.types):
         if progress is not None:
-            progress(name, done, len(types))
-        split = _split(labels, usable, name, options)
-        sister, correlation = nearest_type(expression, labels, split, name)
-        pipeline = CellTypeAnnotationPipeline(model, recipe).fit(data[split.train].copy())
-        rows[name] = {
+            progress(name, done, len(strangers.types))
+        rows[name] = strangers.left_out(name, model)
+        log.info("unknown evaluation: %s, %d of %d", name, done + 1, len(strangers.types))
+    return {"types": rows, "summary": {context: summary(rows, context) for context in options.contexts}}
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """Cells whose ``types`` play the stranger in turn: their ``labels`` [C] (None where there is none) and log counts [C, G]."""
+
+    data: AnnData
+    labels: NDArray[np.object_]
+    expression: Any
+    types: tuple[str, ...]
+    recipe: AnnotationConfig
+    options: UnknownEvaluation
+
+    @classmethod
+    def of(cls, data: AnnData, recipe: AnnotationConfig, options: UnknownEvaluation) -> Strangers:
+        """Reads the cells; raises as `evaluate_unknown`."""
+        labels = column(data, str(recipe.keys.labels_key))
+        types = _types(labels[_usable(labels)], options)
+        return cls(data, labels, _expression(data, recipe), tuple(types), recipe, options)
+
+    def left_out(self, name: str, model: Any = None) -> dict[str, Any]:
+        """What a fit without this type says of it: its row of `evaluate_unknown`, JSON-ready."""
+        split = _split(self.labels, _usable(self.labels), name, self.options)
+        sister, correlation = nearest_type(self.expression, self.labels, split, name)
+        pipeline = CellTypeAnnotationPipeline(model, self.recipe).fit(self.data[split.train].copy())
+        found = {context: _scored(pipeline, self.data, self.expression, (split, context)) for context in self.options.contexts}
+        return {
             "cells": int(split.strange.sum()),
             "nearest_type": sister,
             "nearest_correlation": round(correlation, 4),
             "has_sister": bool(correlation >= SISTER),
             "entropy_share": _entropy_share(pipeline),
-            "contexts": {context: _scored(pipeline, data, expression, (split, context)) for context in options.contexts},
+            "contexts": found,
         }
-        log.info("unknown evaluation: %s, %d of %d", name, done + 1, len(types))
-    return {"types": rows, "summary": {context: summary(rows, context) for context in options.contexts}}
+
+
+def _usable(labels: NDArray[np.object_]) -> NDArray[np.int64]:
+    return np.flatnonzero([label is not None and label not in UNLABELLED for label in labels])
 
 
 def _types(labels: NDArray[np.object_], options: UnknownEvaluation) -> list[str]:
@@ -156,10 +181,10 @@ def _scored(pipeline: CellTypeAnnotationPipeline, data: AnnData, expression: Any
 
 def _scores(pipeline: CellTypeAnnotationPipeline, data: AnnData, split: Split, context: Context) -> dict[str, NDArray[Any]]:
     """The model's score and the simple ones, each [C] over the test cells, larger is stranger."""
-    predictor, keys = pipeline._fitted(), pipeline.config.keys
+    predictor, keys = pipeline._fitted(), pipeline.settings().keys
     asked = data[split.test].copy()
     vocabulary, size = predictor.folder.vocabulary, predictor.folder.max_cells
-    store = read_cells(asked, vocabulary, query_keys(asked, keys), size, context=context).store
+    store = read_cells(asked, vocabulary, query_keys(asked, keys), size, context=predictor.company(context)).store
     answer, z = predictor.annotate(store), predictor.embed(store)
     train = data[split.train].copy()
     beside = predictor.embed(read_cells(train, vocabulary, query_keys(train, keys), size).store)

@@ -1,14 +1,15 @@
 """Should I use it? The model beside the best simple method on the same hidden truth, in words and with an interval.
 
 The units that were hidden (cells, genes) are drawn again with replacement, always the same for both methods (a paired
-bootstrap), so the interval says how far the lead depends on which of them happened to be there. It does not cover what
-another seed or other samples would change.
+bootstrap), so the interval says how far the lead depends on which of them happened to be there. Clusters have no units that
+could be drawn twice: there the cells are halved again and again. Neither covers what another seed or other samples would change.
 """
 
 # B resamplings, U distinct (truth, mine, theirs), K classes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from cellplane.errors import DataError
 from cellplane.pipelines.job import MODEL_ROW
-from cellplane.pipelines.significance import bootstrap_interval
+from cellplane.pipelines.significance import bootstrap_interval, paired_difference
 
 RESAMPLINGS = 2000
-Decision = Literal["model", "baseline", "undecided"]
+Decision = Literal["model", "baseline", "undecided", "too few"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The scores of the model and of the best simple method over ``n`` hidden units, and what follows."""
+    """The scores of the model and of the best simple method over ``n`` hidden units, and what follows.
+
+    Below ``least`` units nothing follows. ``ours`` is the model's row where it has several; ``remark`` ends the text.
+    """
 
     measure: Measure
     n: int
@@ -52,35 +56,44 @@ class Verdict:
     baseline: str
     other: float
     lead: Lead
+    least: int = 1
+    ours: str = MODEL_ROW
+    remark: str = ""
 
     @property
     def decision(self) -> Decision:
         """Who is ahead beyond what the choice of units explains."""
+        if self.n < self.least:
+            return "too few"
         if self.lead.low > 0:
             return "model"
         return "baseline" if self.lead.high < 0 else "undecided"
 
     @property
     def winner(self) -> str:
-        """Whose answer to take: the better score, decided or not; the simple method where they are equal."""
-        return MODEL_ROW if self.lead.mean > 0 else self.baseline
+        """Whose answer to take: the better score, decided or not; the simple method where they are equal, or nothing is known."""
+        return self.ours if self.lead.mean > 0 and self.n >= self.least else self.baseline
 
     @property
     def text(self) -> str:
-        """Two sentences: what to use, and why."""
+        """What to use, and why, in two sentences, and the remark."""
         little = "scored better, but chance explains as much" if self.lead.mean else "is simpler"
         advice = {
-            "model": f"Use {MODEL_ROW}.",
-            "baseline": f"Use {self.baseline}, the simple method: it is better than {MODEL_ROW} on your data.",
+            "model": f"Use {self.ours}.",
+            "baseline": f"Use {self.baseline}, the simple method: it is better than {self.ours} on your data.",
             "undecided": f"Too close to tell: {self.winner} {little}.",
+            "too few": f"Too few to tell: {self.n} {self.measure.units}, at least {self.least} are needed.",
         }
+        return " ".join(filter(None, (advice[self.decision], self._why if self.n else "", self.remark)))
+
+    @property
+    def _why(self) -> str:
         digits, lead = self.measure.digits, self.lead
         sense = "smaller" if self.measure.lower_is_better else "larger"
-        scores = f"{MODEL_ROW} {self.model:.{digits}f}, {self.baseline} {self.other:.{digits}f}"
+        scores = f"{self.ours} {self.model:.{digits}f}, {self.baseline} {self.other:.{digits}f}"
         mean, low, high = (f"{value:+.{digits}f}" for value in (lead.mean, lead.low, lead.high))
-        interval = f"lead of {MODEL_ROW} {mean}, 95 % interval {low} to {high}"
-        why = f"Over {self.n} {self.measure.units}, {self.measure.name} ({sense} is better): {scores}; {interval}."
-        return f"{advice[self.decision]} {why}"
+        interval = f"lead of {self.ours} {mean}, 95 % interval {low} to {high}"
+        return f"Over {self.n} {self.measure.units}, {self.measure.name} ({sense} is better): {scores}; {interval}."
 
 
 def mean_lead(leads: NDArray[Any], seed: int = 0) -> Lead:
@@ -89,6 +102,27 @@ def mean_lead(leads: NDArray[Any], seed: int = 0) -> Lead:
     known = known[np.isfinite(known)]
     low, high = bootstrap_interval(known.tolist(), seed)
     return Lead(float(known.mean()), low, high)
+
+
+def few_lead(leads: Sequence[float], seed: int = 0) -> Lead:
+    """`mean_lead` of a few units, with an interval no narrower than Student's t gives.
+
+    Drawing three leads of one sign again never gives the other sign, though a coin does so once in four times.
+    """
+    drawn, student = mean_lead(np.asarray(leads), seed), paired_difference(leads)
+    if len(leads) < 2:
+        return drawn
+    return Lead(drawn.mean, min(drawn.low, student.low), max(drawn.high, student.high))
+
+
+def halves_lead(leads: Sequence[float]) -> Lead:
+    """The mean of one difference for each half of the cells, with the interval that all cells together deserve.
+
+    The variance over random halves is that of the same number told from all cells (the delete-d jackknife of Shao and Wu, Annals
+    of Statistics 17, 1989, with d = n / 2), so more halves do not make the interval narrower. DataError for no or unknown numbers.
+    """
+    found = paired_difference(leads, test_share=1.0)
+    return Lead(found.mean, found.low, found.high)
 
 
 def macro_f1_lead(truth: NDArray[Any], mine: NDArray[Any], theirs: NDArray[Any], seed: int = 0) -> Lead:
