@@ -14,7 +14,7 @@ def test_units_stand_in_the_order_of_the_first_method_with_means_and_the_most_th
     axes = draw_units(new_axes(), {"ours": {"A": 0.2, "B": 0.6}, "other": {"A": 0.5, "B": 0.1}}, ("perturbation", "Pearson"), most=0.9)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["B", "A"]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["ours (mean 0.400)", "other (mean 0.300)", "the most there is (0.900)"]
+    assert legend == ["ours (mean 0.400)", "other (mean 0.300)", "the most there is, on average (0.900)"]
 
 
 def test_many_units_are_numbered_instead_of_named():

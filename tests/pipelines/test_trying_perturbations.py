@@ -16,7 +16,7 @@ from cellplane.data.files import file_sha256
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData, read_h5ad, write_h5ad
 from cellplane.errors import ColumnError, CountsNotFoundError, DataError
-from cellplane.pipelines import try_perturbation, trying
+from cellplane.pipelines import perturbation_evaluation, try_perturbation, trying
 from cellplane.pipelines.job import MODEL_ROW
 from cellplane.pipelines.perturbation import PerturbationPipeline
 from cellplane.pipelines.perturbation_evaluation import evaluate_perturbation
@@ -98,7 +98,7 @@ def test_a_second_run_measures_nothing_and_changes_no_file(place, tried, monkeyp
     assert {path: file_sha256(path) for path in files} == before
 
 
-def test_an_interrupted_trial_keeps_what_it_measured_and_ends_the_same(place, tried, tmp_path):
+def test_an_interrupted_trial_goes_on_behind_what_it_measured(place, tried, tmp_path, monkeypatch):
     def interrupt(text: str) -> None:
         if text.startswith("[3/"):
             raise KeyboardInterrupt
@@ -108,7 +108,10 @@ def test_an_interrupted_trial_keeps_what_it_measured_and_ends_the_same(place, tr
         run_try(config, interrupt)
     lines = (tmp_path / "out" / "measured.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
+    learn, fits = perturbation_evaluation.learn, []
+    monkeypatch.setattr(perturbation_evaluation, "learn", lambda *given: (fits.append(1), learn(*given))[1])
     assert run_try(config).verdict == tried.verdict
+    assert len(fits) == 2
     again = (tmp_path / "out" / "measured.jsonl").read_text(encoding="utf-8").splitlines()
     assert again[:2] == lines
     assert [json.loads(line)["place"]["split"] for line in again] == [0, 1, 2, 3]
@@ -121,7 +124,7 @@ def test_below_three_perturbations_cell_types_are_left_out(place, tmp_path):
     keys = {"labels_key": "cell_type"}
     study = try_perturbation.read_study(perturbation(place, data=path, recipe={**RECIPE, "keys": keys}))
     assert (study.leave_out, len(study.names)) == ("cell_type", 2)
-    assert all(name.startswith(f"{first} in ") for name in study.names)
+    assert all(name == f"{first} in {cell_type}" for name, cell_type in study.names.items())
     report = run_try(perturbation(place, data=path, recipe={**RECIPE, "keys": keys}, out=str(tmp_path / "out"), auto=True))
     assert report.verdict.decision == "too few"
     assert report.verdict.text.startswith("Too few to tell: ")

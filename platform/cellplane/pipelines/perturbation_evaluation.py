@@ -8,7 +8,7 @@ read, and the total that counts are scaled to, are told by the training cells of
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -97,11 +97,13 @@ class Split:
         return [pair for pair in found if all(len(self.rows(pair.group, part)) >= config.min_cells for part in (INPUT, TRUTH))]
 
 
-def cases_of(data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, base: ModelFolder | None = None) -> Iterator[Case]:
+def cases_of(
+    data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, base: ModelFolder | None = None, known: Collection[str] = ()
+) -> Iterator[Case]:
     """Every perturbation (in every cell type) as a model sees it that learned without it, beside the baselines; split by the seed.
 
-    Each is told in the genes and the scale that its training cells tell. DataError where leaving something out leaves nothing
-    to learn from.
+    Each is told in the genes and the scale that its training cells tell. What is ``known`` of what is left out in turn is passed
+    over. DataError where leaving something out leaves nothing to learn from.
     """
     cells, start, _ = read_cells(data, config, base)
     split = Split.of(cells, config.seed)
@@ -109,7 +111,7 @@ def cases_of(data: AnnData, config: PerturbationConfig, leave_out: LeaveOut, bas
     units = sorted({_unit(pair, leave_out) for pair in split.pairs(split.screen, config)})
     if len(units) < 2:
         raise DataError(f"leaving out a {leave_out.replace('_', ' ')} needs two of them with enough cells, found {units}")
-    for unit in units:
+    for unit in (unit for unit in units if unit not in known):
         yield from _left_out(split, unit, leave_out, config, start)
 
 

@@ -8,7 +8,7 @@ by the seed: from one part is learned, from another predicted, the third tells t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +55,25 @@ WITHOUT_NETWORK = {
 
 @dataclass(frozen=True)
 class Study:
-    """A screen and what is left out of it in turn: the names of the cases, in the order of `cases_of`."""
+    """A screen and what is left out of it in turn: the cases in the order of `cases_of`, {name: what is left out for it}."""
 
     data: AnnData
     recipe: PerturbationConfig
     base: ModelFolder | None
     leave_out: LeaveOut
-    names: tuple[str, ...]
+    names: Mapping[str, str]
     notes: tuple[str, ...]
 
-    def cases(self) -> Iterator[Case]:
-        """Every one as a model sees it that learned without it; fitted when it is asked for."""
-        return cases_of(self.data, self.recipe, self.leave_out, self.base)
+    def cases(self, measured: Collection[str]) -> Iterator[Case]:
+        """Those not yet measured, as a model sees them that learned without them; fitted when they are asked for."""
+        waiting = {unit for name, unit in self.names.items() if name not in measured}
+        return cases_of(self.data, self.recipe, self.leave_out, self.base, set(self.names.values()) - waiting)
 
 
 def measure_perturbation(config: TryPerturbation, bench: Bench) -> Tried:
     """Leaves out, foretells, compares; every case is measured once and remembered."""
     study = read_study(config)
-    cases = study.cases()
+    cases = study.cases({entry.place.protocol for entry in bench.ledger.entries()})
     found: list[Entry] = []
     for number, name in enumerate(study.names, 1):
         to_go = still_to_go([entry.seconds for entry in found], len(study.names))
@@ -101,12 +102,12 @@ def read_study(config: TryPerturbation) -> Study:
     pairs = split.pairs(split.screen, recipe)
     leave_out = _left_out(config, pairs)
     together = sorted({(pair.cell_type, pair.perturbation.name) for pair in pairs})
-    types = [f"{perturbation} in {cell_type}" for cell_type, perturbation in together]
-    names = types if leave_out == "cell_type" else sorted({pair.perturbation.name for pair in pairs})
+    types = {f"{perturbation} in {cell_type}": cell_type for cell_type, perturbation in together}
+    names = types if leave_out == "cell_type" else {name: name for name in sorted({pair.perturbation.name for pair in pairs})}
     notes = [TOLD[leave_out]]
     if rare := sorted(split.screen.meaning.keys() - {pair.perturbation.name for pair in pairs}):
         notes.append(f"Too few cells, or controls beside them, to be asked for: {', '.join(rare[:12])}; {3 * recipe.min_cells} are needed.")
-    return Study(data, recipe, base, leave_out, tuple(names), tuple(notes))
+    return Study(data, recipe, base, leave_out, names, tuple(notes))
 
 
 TOLD: Mapping[LeaveOut, str] = {
@@ -178,7 +179,7 @@ def _recipe(config: TryPerturbation) -> PerturbationConfig:
 
 
 def _found(cases: Iterator[Case], name: str) -> Found:
-    """The case of this name, JSON-ready; those that were measured before are passed by."""
+    """The case of this name, JSON-ready; another case of the same cell type that was measured before is passed by."""
     case = next(case for case in cases if case.name == name)
     plain = {
         "name": case.name,

@@ -13,7 +13,7 @@ from cellplane.pipelines.drawing import BESIDE, COLOURS, MARKERS, NAMED_GENES, A
 def draw_units(axes: Axes, scores: Mapping[str, Mapping[str, float]], names: tuple[str, str], most: float | None = None) -> Axes:
     """A score of every unit for each method, {method: {unit: score}}, in the order of the first method, its best unit first.
 
-    ``names`` are those of the unit and of the score. Dashes are means, a dotted line the ``most`` that a score can reach. Up to
+    ``names`` are those of the unit and of the score. Dashes are means, a dotted line the ``most`` that they can be. Up to
     40 units are named. DataError for no unit.
     """
     first = next(iter(scores.values()), {})
@@ -26,7 +26,7 @@ def draw_units(axes: Axes, scores: Mapping[str, Mapping[str, float]], names: tup
         axes.scatter(range(len(units)), found, 30, colour, marker=marker, label=f"{safe(name)} (mean {np.nanmean(found):.3f})")
         axes.axhline(float(np.nanmean(found)), color=colour, lw=1, ls="--")
     if most is not None:
-        axes.axhline(most, color="#666666", lw=1.2, ls=":", label=f"the most there is ({most:.3f})")
+        axes.axhline(most, color="#666666", lw=1.2, ls=":", label=f"the most there is, on average ({most:.3f})")
     if len(units) <= NAMED_GENES:
         axes.set_xticks(range(len(units)), [safe(unit) for unit in units], rotation=90, fontsize=8)
     else:
