@@ -88,7 +88,7 @@ def try_embed(
     override: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Place cells by a base model and see whether cell types stay together. --auto writes obsm["X_auto"]."""
+    """Place cells by a base model and judge it by their types. --auto writes obsm["X_auto"]."""
     options = {"data": file, "base_model": model, "auto": auto, "out": out, "seed": seed}
     options |= {"keys.labels_key": labels_key, "keys.batch_key": batch_key}
     _try("embed", config, [*given(options), *(override or [])], as_json)
