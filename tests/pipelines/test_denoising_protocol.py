@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from cellplane.artifact.folder import load_model
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import read_h5ad
 from cellplane.errors import ConfigError, DataError
+from cellplane.pipelines.config import DenoisingConfig
+from cellplane.pipelines.denoising import Cells
 from cellplane.pipelines.denoising_baselines import Answers, gene_frequency, split_counts
 from cellplane.pipelines.denoising_protocol import (
     NETWORK_ROW,
+    Arm,
     own_counts,
     renumbered,
     run_denoising_protocol,
@@ -114,6 +118,19 @@ def test_a_base_of_other_genes_has_rows_of_its_own_over_the_same_counts(alone, t
     nothing_known = rows["own_counts"].mean("nats_per_1000")
     assert rows["gene_frequency"].mean("nats_per_1000") / 2 < rows["cellplm from other"].mean("nats_per_1000") < nothing_known
     assert any("the model does not say which files" in note for note in evaluation.notes)
+
+
+def test_genes_named_otherwise_than_the_bases_are_scored_too(alone, tmp_path):
+    data = read_h5ad(Path(alone.train))
+    known = [f"ENSG{number:011d}" for number in range(data.n_vars)]
+    data.var_names = [f"RP11-{number}.2" if number % 3 == 0 else gene for number, gene in enumerate(known)]  # a third has no Ensembl id
+    base = load_model(Path(saved_base(known, tmp_path / "base")))
+    recipe = DenoisingConfig.model_validate({**RATES, "optimizer": {"steps": 2}, "new_genes": "add"})
+    whole = Cells.of(data, None, recipe)
+    arm = Arm.from_base(("known", base), recipe, data, whole.vocabulary)
+    assert len(set(arm.places.tolist())) == data.n_vars
+    assert (arm.places >= 0).all()
+    assert arm.cells.table.totals().sum() == whole.table.totals().sum()
 
 
 def test_renumbered_cells_hold_the_same_counts_and_leave_the_table_alone(table):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from cellplane.artifact.folder import ModelFolder
+from cellplane.artifact.genes import with_genes
 from cellplane.config import to_plain
 from cellplane.data.sentences import CellTable
 from cellplane.data.sources import AnnData
@@ -182,7 +183,9 @@ class Arm:
     def from_base(cls, base: tuple[str, ModelFolder], recipe: DenoisingConfig, data: AnnData, genes: GeneVocabulary) -> Arm:
         """``data`` read with a named base; DataError when that does not know all ``genes`` and may add none."""
         label, folder = base
-        own = Cells.of(data, folder, recipe)
+        new = [gene for gene, place in zip(genes.gene_ids, folder.vocabulary.index(genes.gene_ids), strict=True) if place < 0]
+        grown = with_genes(folder, new) if recipe.new_genes == "add" else folder  # also those named otherwise
+        own = Cells.of(data, grown, recipe)
         places = own.vocabulary.index(genes.gene_ids)
         if (unknown := int((places < 0).sum())) > 0:
             raise DataError(f"base {label} does not know {unknown} of {len(genes)} genes, and all are scored; set finetune.new_genes=add")
