@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from cellplane import inference
-from cellplane.artifact.folder import save_model
+from cellplane.artifact.folder import load_model, save_model
 from cellplane.data.sources import AnnData
 from cellplane.errors import ColumnError, ConfigError, CountsNotFoundError, DataError, IntegrityError
 from cellplane.pipelines import annotation
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.pipelines.config import AnnotationConfig
-from tests.pipelines.conftest import RECIPE
+from tests.pipelines.conftest import RECIPE, saved_base
 
 TYPES = ("type_0", "type_1", "type_2", "type_3")
 SHORT = {**RECIPE, "optimizer": {"steps": 5}}
@@ -369,3 +370,13 @@ def test_elsewhere_it_is_learned_with_a_warning_and_nothing_can_be_refused(train
     with pytest.raises(ConfigError, match="refused cells could not be told from it"):
         pipeline.predict(query, {"unknown": {"reject": True}})
     pipeline.predict(query, {"unknown": {"refusal_rate": 0.1}})
+
+
+def test_a_base_that_knows_few_of_the_counts_is_warned_of(training, tmp_path, caplog):
+    few = load_model(Path(saved_base([str(gene) for gene in training.var_names[:12]], tmp_path / "few")))
+    recipe = {**SHORT, "keys": {"labels_key": "cell_type"}}
+    CellTypeAnnotationPipeline(few, recipe).fit(training)
+    assert "of the counts; the others are left out: new_genes add" in caplog.text
+    caplog.clear()
+    CellTypeAnnotationPipeline(few, {**recipe, "new_genes": "add"}).fit(training)
+    assert "left out" not in caplog.text

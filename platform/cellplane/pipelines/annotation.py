@@ -59,6 +59,7 @@ from cellplane.train.objective import MaskedObjective
 
 log = logging.getLogger(__name__)
 
+HALF = 0.5
 LABEL_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__}  # from the text that a model keeps
 Store = MemoryStore | SharedStore
 Split = tuple[MemoryStore, Store]  # training and validation cells
@@ -126,6 +127,7 @@ class CellTypeAnnotationPipeline(Estimator):
         warned = confounding(data, keys)
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
+        warn_of_left_out(report, self.base)
         known = np.flatnonzero(table.labels >= 0)
         if len(known) < table.n_cells:
             missing = table.n_cells - len(known)
@@ -343,6 +345,15 @@ def labelled(store: Store) -> CellBatch:
     assert store.table.labels is not None
     row = batch.row
     return replace(batch, labels=torch.where(row == READ_ONLY, -1, torch.from_numpy(store.table.labels)[row.clamp(min=0)]))
+
+
+def warn_of_left_out(report: Mapping[str, Any], base: ModelFolder | None) -> None:
+    """Says so where a base model's genes carry less than half of the counts, and the others are left out."""
+    share = report.get("count_share")
+    if base is not None and share is not None and share < HALF:
+        log.warning(
+            "the base model's genes carry %.0f %% of the counts; the others are left out: new_genes add lets a fit learn them", 100 * share
+        )
 
 
 def label_classes(labels: NDArray[np.object_], key: str) -> tuple[str, ...]:
