@@ -44,7 +44,6 @@ from cellplane.inference import (
     BatchedStore,
     Predictor,
     answered,
-    batches_of,
     decoded_in,
     flag_column,
     keys_of,
@@ -351,7 +350,7 @@ def _embed(predictor: Predictor, stored: Stored, context: Context, folder: Path)
 def _denoise(predictor: Predictor, stored: Stored, context: Context, folder: Path) -> _Found:
     if context != "own":
         raise ConfigError("denoising reads cells in the context own, with their batch; leave context out")
-    store = BatchedStore.of(stored.table, batches_of(predictor.folder), predictor.max_cells, predictor.reads_places)
+    store = BatchedStore.for_model(stored.table, predictor.folder)
     rates = DiskRows((stored.table.n_cells, len(stored.columns)), np.float32, folder)
     for rows, shares in predictor.rates(store, decoded_in(predictor.folder, store, None)):
         rates[rows] = rates_of(shares, stored.columns)

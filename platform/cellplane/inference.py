@@ -107,7 +107,7 @@ class Predictor:
     @property
     def reads_places(self) -> bool:
         """Whether an answer depends on how far apart cells lie: then sentences are patches of tissue."""
-        return self.folder.config.local_blocks > 0
+        return self.folder.config.reads_places
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -368,6 +368,11 @@ class BatchedStore:
         known = none if table.batch is None else np.array([place.get(str(name), -1) for name in table.batch], dtype=np.int64)
         return cls(store_in(context_for("own", reads_places), table, max_cells)[0], known)
 
+    @classmethod
+    def for_model(cls, table: CellTable, folder: ModelFolder) -> BatchedStore:
+        """The table's cells as a denoiser reads them."""
+        return cls.of(table, batches_of(folder), folder.max_cells, folder.config.reads_places)
+
 
 def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: str | None = None) -> Denoised:
     """What a model expects every cell to show, decoded in ``target_batch`` or as `decoded_in` says.
@@ -377,7 +382,7 @@ def denoise(predictor: Predictor, data: AnnData, keys: DataKeys, target_batch: s
     """
     folder = predictor.folder
     table, report = cell_table(data, folder.vocabulary, keys)
-    store = BatchedStore.of(table, batches_of(folder), folder.max_cells, predictor.reads_places)
+    store = BatchedStore.for_model(table, folder)
     columns = gene_columns(data, keys, folder.vocabulary)
     rates = np.empty((table.n_cells, len(columns)), dtype=np.float32)
     for rows, shares in predictor.rates(store, decoded_in(folder, store, target_batch)):

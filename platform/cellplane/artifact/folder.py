@@ -336,7 +336,7 @@ def describe(model: ModelFolder) -> dict[str, Any]:
         "n_genes": len(model.vocabulary),
         "vocabulary_fingerprint": model.vocabulary.fingerprint,
         "max_cells": model.max_cells,
-        "reads_places": model.config.local_blocks > 0,
+        "reads_places": model.config.reads_places,
         "model_sha256": model.model_sha256,
         "latent_width": config["latent_width"],
         "lineage": dict(model.lineage),

@@ -120,6 +120,11 @@ class ModelConfig:
         if not 0 <= self.dropout < 1 or not 0 <= self.head_dropout < 1:
             raise ValueError(f"dropout {self.dropout} and head_dropout {self.head_dropout} must lie in [0, 1)")
 
+    @property
+    def reads_places(self) -> bool:
+        """Whether an answer depends on how far apart cells lie: then sentences are patches of tissue."""
+        return self.local_blocks > 0
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self)

@@ -245,7 +245,7 @@ class CellTypeAnnotationPipeline(Estimator):
             )
         training, validation = table.rows(kept), table.rows(held_out)
         most, config = self._told.max_cells, self._told.model if self.base is None else self.base.config
-        if config.local_blocks == 0 or table.coordinates is None:
+        if not config.reads_places or table.coordinates is None:
             return memory_store(training, most), memory_store(validation, most)
         if self._told.transfer.learn == "head" or most < 2:  # a probe reads plain sentences
             return near_store(training, most), near_store(validation, most)

@@ -35,7 +35,6 @@ from cellplane.genes import GeneVocabulary
 from cellplane.inference import (
     BatchedStore,
     Predictor,
-    batches_of,
     build_network,
     decoded_in,
     denoise,
@@ -179,7 +178,7 @@ class DenoisingPipeline(Estimator):
             )
         network = self._network(cells, config)
         training, validation = (
-            BatchedStore.of(cells.table.rows(np.sort(rows)), cells.batches, config.max_cells, network.config.local_blocks > 0)
+            BatchedStore.of(cells.table.rows(np.sort(rows)), cells.batches, config.max_cells, network.config.reads_places)
             for rows in (order[held:], order[:held])
         )
         denoiser = Denoiser(network, (config.hidden_weight, config.seen_weight))
@@ -318,5 +317,5 @@ def begun_at(network: CellPLM, share_G: NDArray[np.float64]) -> CellPLM:
 
 def answers(predictor: Predictor, table: CellTable) -> Answers:
     """What a model says of these cells, each in its own batch where all were learned."""
-    store = BatchedStore.of(table, batches_of(predictor.folder), predictor.folder.max_cells, predictor.reads_places)
+    store = BatchedStore.for_model(table, predictor.folder)
     return predictor.rates(store, decoded_in(predictor.folder, store, None))

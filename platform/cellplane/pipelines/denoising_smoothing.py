@@ -19,7 +19,7 @@ from scipy import sparse
 from cellplane.artifact.folder import ModelFolder
 from cellplane.artifact.smoothing import Smoothing
 from cellplane.data.sentences import CellTable
-from cellplane.inference import BatchedStore, Predictor, batches_of
+from cellplane.inference import BatchedStore, Predictor
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising_baselines import Answers, matrix, split_counts, splitting_score
 from cellplane.pipelines.unknown import fit_space
@@ -62,7 +62,7 @@ def smoothed(folder: ModelFolder, table: CellTable, held_out: NDArray[np.int64],
 def chosen(folder: ModelFolder, cells: tuple[CellTable, CellTable, CellTable], config: DenoisingConfig) -> tuple[Setting | None, float]:
     """The setting that foretells best, and its nats an entry; ``cells``: the reference, and what cells show and keep back."""
     reference, kept, rest = cells
-    network, store = _network_shares(folder, kept), _stored(folder, kept)
+    network, store = _network_shares(folder, kept), BatchedStore.for_model(kept, folder)
     tried: dict[Setting, float] = {}
     first = smoothing_of(reference, config, Setting(1, 1, 1.0))
     if first is None:
@@ -96,15 +96,11 @@ def smoothing_of(table: CellTable, config: DenoisingConfig, setting: Setting) ->
 
 def _network_shares(folder: ModelFolder, table: CellTable) -> NDArray[np.float32]:
     """What the network alone says of these cells, [n, G]."""
-    store = _stored(folder, table)
+    store = BatchedStore.for_model(table, folder)
     out = np.zeros((table.n_cells, len(table.panel)), dtype=np.float32)
     for rows, shares in Predictor(folder).rates(store):
         out[rows] = shares
     return out
-
-
-def _stored(folder: ModelFolder, table: CellTable) -> BatchedStore:
-    return BatchedStore.of(table, batches_of(folder), folder.max_cells, folder.config.local_blocks > 0)
 
 
 def _pieces(shares: NDArray[np.float32]) -> Answers:
