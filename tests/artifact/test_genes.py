@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from cellplane.artifact.folder import load_model, save_model
-from cellplane.artifact.genes import PER_GENE, with_genes
-from cellplane.errors import IntegrityError
+from cellplane.artifact.genes import PER_GENE, with_genes, with_only
+from cellplane.errors import IntegrityError, VocabularyError
 from cellplane.genes import GeneVocabulary
 from cellplane.inference import Predictor, build_network
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from tests.pipelines.conftest import RECIPE, base_model, cells
-from tests.tiny import ANNOTATOR, GENES, random_batch, tiny_folder
+from tests.tiny import ANNOTATOR, GENES, dense_batch, random_batch, random_counts, tiny_folder
 
 __all__ = ["base_model", "cells"]
 
@@ -78,6 +78,28 @@ def test_a_grown_model_saves_loads_and_is_another(config, tmp_path):
 def test_a_model_that_knows_all_genes_is_returned_as_it_is():
     model = tiny_folder()
     assert with_genes(model, GENES[:4]) is model
+
+
+def test_a_model_over_some_of_its_genes_answers_about_cells_of_these_as_before(config):
+    model = tiny_folder(config)
+    kept = GeneVocabulary(tuple(reversed(GENES[2:])), model.vocabulary.namespace)  # another order too
+    narrow = with_only(model, kept)
+    assert (narrow.vocabulary, narrow.config.n_genes, narrow.model_sha256) == (kept, len(kept), "")
+    counts_CG = random_counts(8)
+    counts_CG[:, :2] = 0
+    measured_G = torch.arange(len(GENES)) >= 2
+    wide = dense_batch(counts_CG, [3, 5], measured_G)
+    few = dense_batch(counts_CG[:, model.vocabulary.index(kept.gene_ids)], [3, 5])
+    with torch.inference_mode():
+        before, after = build_network(model).eval()(wide), build_network(narrow).eval()(few)
+    torch.testing.assert_close(before.latent, after.latent)
+
+
+def test_a_model_over_its_own_genes_is_returned_as_it_is_and_unknown_ones_are_refused():
+    model = tiny_folder()
+    assert with_only(model, model.vocabulary) is model
+    with pytest.raises(VocabularyError, match="1 genes are none of the model's, e.g. .'NEW1'"):
+        with_only(model, GeneVocabulary.from_ids([*GENES, "NEW1"]))
 
 
 def test_a_table_of_another_size_than_the_vocabulary_is_refused():

@@ -149,14 +149,47 @@ def test_the_same_seed_learns_the_same(screen):
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_a_base_model_brings_its_embedder_and_encoder(screen, base_model, cells):
-    named = relabelled(screen, {})
+@pytest.fixture(scope="module")
+def named(screen: AnnData, cells: AnnData) -> AnnData:
+    """The screen with genes named as the base model's, every second of which is a target's or not measured."""
+    out = relabelled(screen, {})
     genes = dict(zip(screen.var_names, cells.var_names, strict=False))
-    named.var_names = list(genes.values())
-    named.obs["perturbation"] = ["+".join(genes.get(part, part) for part in str(name).split("+")) for name in screen.obs["perturbation"]]
-    pipeline = PerturbationPipeline(base_model, {**SHORT, "new_genes": "leave_out", "transfer": {"frozen": ("embedder",)}}).fit(named)
-    assert torch.equal(pipeline.folder_.weights["embedder.genes_GD"], base_model.weights["embedder.genes_GD"])
+    out.var_names = list(genes.values())
+    out.obs["perturbation"] = ["+".join(genes.get(part, part) for part in str(name).split("+")) for name in screen.obs["perturbation"]]
+    targets = {part for name in out.obs["perturbation"] for part in name.split("+")}
+    return out[:, [at % 2 == 0 or gene in targets for at, gene in enumerate(out.var_names)]].copy()
+
+
+FROZEN = {**SHORT, "new_genes": "leave_out", "transfer": {"frozen": ("embedder",)}}
+
+
+def test_a_base_model_brings_its_embedder_and_encoder_over_the_measured_genes(named, base_model):
+    pipeline = PerturbationPipeline(base_model, FROZEN).fit(named)
+    measured = [gene for gene in base_model.vocabulary.gene_ids if gene in set(named.var_names)]
+    assert list(pipeline.folder_.vocabulary.gene_ids) == measured
+    assert len(measured) < len(base_model.vocabulary)
+    rows = torch.from_numpy(base_model.vocabulary.index(measured))
+    assert torch.equal(pipeline.folder_.weights["embedder.genes_GD"], base_model.weights["embedder.genes_GD"][rows])
+
+
+def test_a_base_models_other_genes_can_be_kept_and_asked_about(named, base_model):
+    other = next(gene for gene in base_model.vocabulary.gene_ids if gene not in set(named.var_names))
+    with pytest.raises(VocabularyError, match="max_genes"):
+        PerturbationPipeline(base_model, FROZEN).fit(named).predict(named, [other])
+    pipeline = PerturbationPipeline(base_model, {**FROZEN, "max_genes": None}).fit(named)
     assert pipeline.folder_.vocabulary == base_model.vocabulary
+    assert torch.equal(pipeline.folder_.weights["embedder.genes_GD"], base_model.weights["embedder.genes_GD"])
+    found = pipeline.predict(named, [other])
+    assert not found.obs["seen"].any()
+    assert not found.var["measured"].all()
+
+
+def test_what_a_base_model_leaves_out_of_the_measured_genes_is_the_least_variable(named, base_model):
+    config = PerturbationConfig(**{**FROZEN, "max_genes": 12})
+    read, _, _ = read_screen(named, config, base_model)
+    assert len(read.genes.labels) == 12
+    assert read.table.panel.all()
+    assert {gene for one in read.meaning.values() for gene in one.genes} <= set(range(12))
 
 
 def test_a_stimulus_without_a_gene_is_learned_by_itself(screen, controls, single):

@@ -44,7 +44,8 @@ class Fitted:
         if meaning is None and config.fallback == "error":
             raise VocabularyError(
                 f"{name} is no gene the model knows, nor a stimulus it learned ({', '.join(self.stimuli) or 'none'}): name its gene in "
-                'targets, or set fallback to "mean_of_training" for the mean change of the training perturbations'
+                'targets, set fallback to "mean_of_training" for the mean change of the training perturbations, or fit with a larger '
+                "max_genes (null: all genes that are known), for genes beyond it were not read"
             )
         return meaning
 

@@ -144,11 +144,11 @@ class Screen:
     def told_by(self, learning: NDArray[np.bool_], max_genes: int | None = None) -> Screen:
         """All cells, over genes and in a scale that the cells flagged in ``learning`` [n] tell, and no others.
 
-        Of more than ``max_genes`` (None: any number) the targets stay, and the genes that vary most over these cells; the
-        scale is the median total of the controls among them, over the genes that stay.
+        ``max_genes`` are the targets and the measured genes that vary most over these cells (None: all genes, measured or
+        not); the scale is the median total of the controls among them, over the genes that stay.
         """
         screen = self
-        if max_genes is not None and len(self.genes.labels) > max_genes:
+        if max_genes is not None and min(max_genes, int(self.table.panel.sum())) < len(self.genes.labels):
             targets = {gene for one in self.meaning.values() for gene in one.genes if gene < len(self.genes.labels)}
             screen = self._over(_most_variable(self.table.rows(np.flatnonzero(learning)), sorted(targets), max_genes))
         return replace(screen, total=float(np.median(screen.table.totals()[learning & (self.name == "")])))
@@ -195,13 +195,13 @@ Read = tuple[Screen, ModelFolder | None, dict[str, object]]
 def read_screen(data: AnnData, config: PerturbationConfig, base: ModelFolder | None) -> Read:
     """The cells of a screen, the base model with the data's genes, and what to report; cells that teach nothing are left out.
 
-    From scratch, `max_genes` are read; all cells tell which, and all controls the scale. Raises what `read_cells` raises, and
+    At most `max_genes` are read; all cells tell which, and all controls the scale. Raises what `read_cells` raises, and
     DataError without a control that shows counts, or where no group has both controls and perturbed cells.
     """
     cells, start, report = read_cells(data, config, base)
     screen = cells.only(with_counts(cells))
     check_groups(screen.group, screen.name, config)
-    return screen.told_by(np.ones(screen.table.n_cells, dtype=bool), most_genes(config, start)), start, report
+    return screen.told_by(np.ones(screen.table.n_cells, dtype=bool), config.max_genes), start, report
 
 
 def read_cells(data: AnnData, config: PerturbationConfig, base: ModelFolder | None) -> Read:
@@ -227,11 +227,6 @@ def with_counts(screen: Screen) -> NDArray[np.bool_]:
     if empty := int((~counted).sum()):
         log.warning("%d of %d cells have no counts in genes the model knows and are left out", empty, screen.table.n_cells)
     return counted
-
-
-def most_genes(config: PerturbationConfig, start: ModelFolder | None) -> int | None:
-    """How many genes are read; None: all that a base model knows."""
-    return config.max_genes if start is None else None
 
 
 def named(data: AnnData, config: PerturbationConfig) -> Names:
@@ -284,15 +279,17 @@ def _meanings(names: Names, config: PerturbationConfig, genes: GeneNames) -> tup
 
 
 def _most_variable(table: CellTable, targets: Sequence[int], wanted: int) -> Rows:
-    """The targets and the most variable other genes, as ascending positions; more than ``wanted`` where there are more targets."""
+    """The targets and the most variable other measured genes, as ascending positions; more than ``wanted`` where targets are more."""
     cell = np.repeat(np.arange(table.n_cells), np.diff(table.crow))
     totals, genes = table.totals(), len(table.panel)
     logs = np.log1p(table.value * (np.median(totals) / np.maximum(totals, 1))[cell])
     sums, squares = (np.bincount(table.gene, weights=logs**power, minlength=genes) for power in (1, 2))
     variance = squares / table.n_cells - (sums / table.n_cells) ** 2
+    variance[~table.panel] = -np.inf
     variance[list(targets)] = np.inf
-    kept: Rows = np.sort(np.argsort(-variance, kind="stable")[: max(wanted, len(targets))])
-    log.info("the %d most variable of %d genes are read and predicted", len(kept), genes)
+    possible = int((variance > -np.inf).sum())
+    kept: Rows = np.sort(np.argsort(-variance, kind="stable")[: min(max(wanted, len(targets)), possible)])
+    log.info("%d of %d genes are read and predicted: targets, and the most variable of those measured", len(kept), genes)
     return kept
 
 

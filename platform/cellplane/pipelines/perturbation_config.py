@@ -47,8 +47,9 @@ class PerturbationConfig(FitConfig):
     """The network when no base model is given; a base model brings its own embedder and encoder."""
     new_genes: Literal["leave_out", "add"] = "add"
     """Genes that the base model does not know: left out, or added, beginning as the mean of those it knows."""
-    max_genes: int = Field(5000, ge=1)
-    """From scratch: how many of the most variable genes are read and predicted, targets always among them."""
+    max_genes: Annotated[int, Field(ge=1)] | None = 5000
+    """How many of the most variable measured genes are read and predicted, targets always among them; None: all, also those that only
+    the base model knows, so that predictions can be asked about them."""
     optimizer: OptimizerConfig = OptimizerConfig(steps=200, lr=2e-3, weight_decay=1e-2, warmup_steps=10)
     """AdamW."""
     change_weight: float = Field(10.0, ge=0)

@@ -22,7 +22,7 @@ from cellplane.errors import DataError
 from cellplane.model.cellplm import CellPLM
 from cellplane.pipelines.base import as_config
 from cellplane.pipelines.imputation_cells import Rows
-from cellplane.pipelines.perturbation_cells import Pair, Screen, check_groups, most_genes, pairs_of, read_cells, with_counts
+from cellplane.pipelines.perturbation_cells import Pair, Screen, check_groups, pairs_of, read_cells, with_counts
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.perturbation_fit import Measured, learn, predicted
 from cellplane.pipelines.perturbation_scores import Case, Predict, baselines, case_of, correlation, summary
@@ -124,7 +124,7 @@ def _left_out(split: Split, unit: str, leave_out: LeaveOut, config: Perturbation
     learning = split.learning(unit, leave_out)
     if not pairs_of(split.screen.only(learning), config.min_cells):
         raise DataError(f"leaving out {unit} leaves nothing to learn from: no group has {config.min_cells} controls and cells that stay")
-    screen = split.screen.told_by(learning, most_genes(config, start))
+    screen = split.screen.told_by(learning, config.max_genes)
     learned = learn(screen.only(learning), config, start, Course())
     network = _asking(learned.network, screen)
     methods: dict[str, Predict] = {"model": _blending(network, learned.measured), "network_alone": network}

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellplane.artifact.folder import ModelFolder
+from cellplane.artifact.genes import with_only
 from cellplane.data.sentences import PlanConfig, StepPlan
 from cellplane.inference import decoded
 from cellplane.model.cellplm import CellPLM, new_model
@@ -227,6 +228,8 @@ def _fit(
 
 def new_network(screen: Screen, pairs: Sequence[Pair], config: PerturbationConfig, start: ModelFolder | None) -> CellPLM:
     """The network before training: it says that nothing changes but the targets, by what the training pairs lost of theirs."""
+    if start is not None:
+        start = with_only(start, screen.genes.vocabulary)
     model = replace(
         config.model if start is None else start.config,
         n_genes=len(screen.genes.labels),
