@@ -8,6 +8,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from cellplane.data.config import DataKeys
+from cellplane.errors import DataError
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.train.config import OptimizerConfig
@@ -93,3 +94,27 @@ def test_cells_for_an_endpoint_are_sent_in_the_same_patches(tissue, fitted):
     store, recorded = fitted._fitted().store(table, "own")
     assert [part.tolist() for part in sent] == [part.tolist() for part in store.sentences]
     assert told == recorded
+
+
+@pytest.mark.parametrize("local_blocks", [0, 1])
+def test_validation_cells_may_be_whole_tiles_of_the_tissue(tissue, monkeypatch, local_blocks):
+    seen = []
+    learn = CellTypeAnnotationPipeline._learn
+
+    def watched(self, network, stores, course):
+        seen.extend(store.table.coordinates for store in stores)
+        return learn(self, network, stores, course)
+
+    monkeypatch.setattr(CellTypeAnnotationPipeline, "_learn", watched)
+    told = {**LOCAL, "model": {**LOCAL["model"], "local_blocks": local_blocks}, "validation": "blocks"}
+    CellTypeAnnotationPipeline(config=told).fit(tissue)
+    training, validation = seen
+    nearest = cKDTree(np.concatenate([training, validation])).query(validation, 2)[1][:, 1]
+    assert len(training) + len(validation) == CELLS
+    assert (nearest >= len(training)).mean() > 0.6  # at random .15 of them
+
+
+def test_validation_in_blocks_without_places_is_refused(tissue):
+    told = {**LOCAL, "keys": {"labels_key": "cell_type"}, "model": {**LOCAL["model"], "local_blocks": 0}, "validation": "blocks"}
+    with pytest.raises(DataError, match=r"set keys\.spatial_key"):
+        CellTypeAnnotationPipeline(config=told).fit(tissue)

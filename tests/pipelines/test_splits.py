@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from cellplane.errors import DataError
-from cellplane.pipelines.splits import batch_splits, block_splits, random_splits, scorable, tiles
+from cellplane.pipelines.splits import batch_splits, block_splits, block_validation, random_splits, scorable, tiles
 
 LABELS = np.array(["a"] * 50 + ["b"] * 10 + ["c"] * 9 + ["NA"] * 20 + ["Ambiguous"] * 20 + [None] * 3, dtype=object)
 PLACES = np.random.default_rng(0).uniform(0, 2000, (1500, 2))
@@ -62,3 +62,32 @@ def test_coordinates_that_cannot_be_blocks_are_refused():
         list(block_splits(PLACES / 100, 0))
     with pytest.raises(DataError, match="finite"):
         list(block_splits(np.full((10, 2), np.nan), 0))
+
+
+def test_validation_in_blocks_holds_out_whole_tiles_of_every_sample():
+    samples = np.where(np.arange(len(PLACES)) % 3 == 0, "b", "a").astype(object)
+    labels = (PLACES[:, 0] > 1000).astype(np.int64)
+    kept, held = block_validation(PLACES.astype(np.float32), samples, labels, 0.15, 0)
+    assert sorted([*kept, *held]) == list(range(len(PLACES)))
+    assert 0.12 < len(held) / len(PLACES) <= 0.15
+    for name in ("a", "b"):
+        own = np.flatnonzero(samples == name)
+        tile = tiles(PLACES[own].astype(np.float32).astype(np.float64))
+        halves = [set(tile[np.isin(own, rows)]) for rows in (kept, held)]
+        assert halves[1]
+        assert not halves[0] & halves[1]
+    again, other = (block_validation(PLACES.astype(np.float32), samples, labels, 0.15, seed)[1] for seed in (0, 1))
+    np.testing.assert_array_equal(held, again)
+    assert other.tolist() != held.tolist()
+
+
+def test_validation_in_blocks_keeps_a_cell_of_every_type_and_those_without_a_place():
+    places = PLACES[:640].astype(np.float32)
+    labels = tiles(places.astype(np.float64))  # every type is a tile
+    places[5] = np.nan
+    kept, held = block_validation(places, None, labels, 0.3, 0)
+    assert set(labels[kept]) == set(range(64))
+    assert 5 in kept
+    assert len(held) > 100
+    with pytest.raises(DataError, match="validation in blocks needs cells with places"):
+        block_validation(np.full((5, 2), np.nan, dtype=np.float32), None, np.arange(5), 0.3, 0)

@@ -50,6 +50,7 @@ from cellplane.pipelines.judging import asked_judgement, check_judging, judged
 from cellplane.pipelines.metrics import AnnotationScores, annotation_scores
 from cellplane.pipelines.neighbours import voting_network
 from cellplane.pipelines.probe import Probe, ProbeObjective, shifted, stacked, without_counts
+from cellplane.pipelines.splits import block_validation
 from cellplane.results import WARNINGS
 from cellplane.seeds import keyed_seed
 from cellplane.train.config import TransferConfig
@@ -237,10 +238,16 @@ class CellTypeAnnotationPipeline(Estimator):
     def _split(self, table: CellTable) -> Split:
         """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
         assert table.labels is not None
-        kept, held_out = stratified_split(table.labels, self._told.validation_share, self._told.seed)
+        share, seed = self._told.validation_share, self._told.seed
+        if self._told.validation == "blocks":
+            nowhere = np.full((table.n_cells, 2), np.nan, dtype=np.float32)
+            places = nowhere if table.coordinates is None else table.coordinates
+            kept, held_out = block_validation(places, table.batch, table.labels, share, seed)
+        else:
+            kept, held_out = stratified_split(table.labels, share, seed)
         if len(held_out) == 0:
             raise DataError(
-                f"a validation_share of {self._told.validation_share} holds out none of {table.n_cells} labelled cells, but some must "
+                f"a validation_share of {share} holds out none of {table.n_cells} labelled cells, but some must "
                 "choose the best step; raise it, or label more cells of each type"
             )
         training, validation = table.rows(kept), table.rows(held_out)

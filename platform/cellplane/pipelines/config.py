@@ -91,7 +91,9 @@ class AnnotationConfig(FitConfig):
     max_cells: int = Field(2048, ge=1)
     """Largest sentence, in training and prediction."""
     validation_share: float = Field(0.15, gt=0, lt=1)
-    """Share of the TRAINING cells that choose the best step, calibrate and set the threshold; stratified by label."""
+    """Share of the TRAINING cells that choose the best step, calibrate and set the threshold; see validation."""
+    validation: Literal["random", "blocks"] = "random"
+    """Which those are: the same share of every label at random, or whole tiles of tissue (needs keys.spatial_key), 64 a sample."""
     method: Literal["network", "neighbours"] = "network"
     """Fine-tune the network, or train nothing: label transfer by the nearest training cells in the base model's embedding."""
     voting: VotingConfig = VotingConfig()

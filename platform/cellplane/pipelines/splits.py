@@ -82,6 +82,31 @@ def block_splits(places_um: ArrayLike, seed: int, folds: int = FOLDS, guard_um: 
         yield Split(split.protocol, split.number, kept, split.test)
 
 
+def block_validation(
+    places: NDArray[np.float32], samples: NDArray[np.object_] | None, labels: NDArray[np.int64], share: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(kept, held out) rows, ascending: whole tiles are drawn by the seed until ``share`` of the cells is held out.
+
+    Every sample has 8 x 8 tiles of its own. Cells without a place are kept, and of a type that lies in drawn tiles alone the first
+    cell. DataError where no cell has a place.
+    """
+    placed = np.flatnonzero(np.isfinite(places).all(1))
+    if not len(placed):
+        raise DataError("validation in blocks needs cells with places: set keys.spatial_key, or validation to random")
+    sample = np.zeros(len(placed), dtype=object) if samples is None else samples[placed]
+    tile = np.zeros(len(placed), dtype=np.int64)
+    for number, name in enumerate(sorted(set(sample), key=str)):
+        tile[sample == name] = number * TILES * TILES + tiles(places[placed[sample == name]].astype(np.float64))
+    names, sizes = np.unique(tile, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    drawn = names[order[: max(1, int(np.searchsorted(sizes[order].cumsum(), share * len(labels), side="right")))]]
+    held = np.zeros(len(labels), dtype=bool)
+    held[placed[np.isin(tile, drawn)]] = True
+    for label in np.setdiff1d(labels, labels[~held]):
+        held[np.flatnonzero(labels == label)[0]] = False
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
 def tiles(places: NDArray[np.float64], side: int = TILES) -> NDArray[np.int64]:
     """The tile of every cell [n]: ``side`` columns of equally many cells, each cut into ``side`` tiles of equally many."""
     column = _quantile(places[:, 0], side)
