@@ -19,9 +19,14 @@ class Optimizer(Config):
     steps: int = Field(10, ge=1)
 
 
+class Inner(Config):
+    optimizer: Optimizer = Optimizer()
+
+
 class Run(Config):
     references: ClassVar = {"model": "model"}
     name: str = "run"
+    inner: Inner = Inner()
     optimizer: Optimizer = Optimizer()
     model: ModelConfig = ModelConfig()
     inputs: tuple[str, ...] = ()
@@ -64,9 +69,10 @@ def test_a_section_can_be_the_name_of_a_shipped_file(write):
     ("overrides", "says"),
     [
         (["optimiser.lr=1"], "the options given: unknown key 'optimiser'; did you mean 'optimizer'"),
-        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'lr'"),
-        (["model.widht=64"], "unknown key 'model.widht'; did you mean 'width'"),
-        (["zzz=1"], "unknown key 'zzz'; valid keys: inputs, model, name, optimizer"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
+        (["model.widht=64"], "unknown key 'model.widht'; did you mean 'model.width'"),
+        (["inner.lr=1"], "unknown key 'inner.lr'; did you mean 'inner.optimizer.lr'"),
+        (["zzz=1"], "unknown key 'zzz'; valid keys: inner, inputs, model, name, optimizer"),
         (["optimizer.lr=fast"], "optimizer.lr: .*number.*'fast'"),
         (["optimizer.steps=0"], "optimizer.steps: .*greater than or equal to 1"),
         (["model.attention=flow"], "model.attention: .*'flowformer' or 'softmax'"),

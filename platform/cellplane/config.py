@@ -148,7 +148,7 @@ def _finding(cls: type[Config], item: Any) -> str:
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(cls, item["loc"][:-1])
         nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=ALIKE) or _deeper(cls, item["loc"], known)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
+        hint = f"; did you mean {'.'.join(map(str, (*item['loc'][:-1], *nearest)))!r}?" if nearest else f"; valid keys: {', '.join(known)}"
         return f"unknown key {place!r}{hint}"
     if item["type"] == "missing":
         return f"{place} is not set: put it into the file, or give -o {place}=... or the option of that name"

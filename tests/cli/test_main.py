@@ -73,7 +73,7 @@ def one_line(said) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune", "annotate", "-o", "optimizer.stpes=3"], "did you mean 'steps'"),
+        (["finetune", "annotate", "-o", "optimizer.stpes=3"], "did you mean 'optimizer.steps'"),
         (["finetune", "annotate", "-o", "optimizer.steps=many"], r"optimizer\.steps: .*found 'many'"),
         (["finetune", "annotate", "-o", "optimizer.steps"], "not of the form key"),
         (["finetune", "annotate", "--config", "nowhere.yaml"], r"no config file 'nowhere\.yaml'.*annotate"),

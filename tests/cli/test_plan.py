@@ -58,7 +58,7 @@ def test_a_run_that_does_not_fit_is_said_with_the_ways_out(run):
         (("--devices", 0, "--device", "h100"), 2, "--devices"),
         (("--config", "nothing"), 2, "no config file"),
         (("--shards", "nowhere", "--device", "h100"), 3, "nowhere"),
-        (("-o", "model.widht=3"), 2, "did you mean 'width'"),
+        (("-o", "model.widht=3"), 2, "did you mean 'model.width'"),
     ],
 )
 def test_what_cannot_be_planned_is_said(run, arguments, code, said):
