@@ -10,9 +10,11 @@ from cellplane.data.config import KnockoutConfig, SimulateConfig
 from cellplane.data.simulate import simulate
 from cellplane.data.sources import AnnData
 from cellplane.errors import DataError
-from cellplane.pipelines.perturbation_cells import read_cells, read_screen
+from cellplane.pipelines import perturbation_fit
+from cellplane.pipelines.perturbation_cells import pairs_of, read_cells, read_screen
 from cellplane.pipelines.perturbation_config import PerturbationConfig
 from cellplane.pipelines.perturbation_evaluation import TRAIN, TRUTH, Split, cases_of
+from cellplane.pipelines.perturbation_fit import Fold, hidden_pairs
 from cellplane.pipelines.perturbation_scores import Case
 from tests.pipelines.test_perturbation import SHORT
 
@@ -119,3 +121,27 @@ def test_leaving_out_what_everything_holds_leaves_nothing_to_learn_from(screen):
     kept = screen[screen.obs["perturbation"].isin(["control", pair, pair.split("+")[0]]).to_numpy()].copy()
     with pytest.raises(DataError, match="leaves nothing to learn from"):
         list(cases_of(kept, PerturbationConfig(**RECIPE), "perturbation"))
+
+
+@pytest.mark.parametrize("keys", [{"batch_key": "batch"}, {}])
+def test_the_controls_that_tell_a_hidden_pairs_truth_are_not_trained_on(screen, monkeypatch, keys):
+    config = PerturbationConfig(**{**RECIPE, "keys": keys, "folds": 2})
+    data = read_screen(screen, config, None)[0]
+    pairs = pairs_of(data, config.min_cells)
+    seen = []
+    fit = perturbation_fit._fit
+
+    def watched(network, data, kept, config, look, course):
+        seen.append((kept, look))
+        return fit(network, data, kept, config, look, course)
+
+    monkeypatch.setattr(perturbation_fit, "_fit", watched)
+    for hidden in hidden_pairs(pairs, config):
+        Fold.of(data, pairs, hidden, config, None)
+    assert seen
+    for kept, look in seen:
+        trained = set(np.concatenate([pair.control for pair in kept]))
+        told = set(np.concatenate([half[1] for half in look.halves]))
+        assert trained
+        assert told
+        assert not trained & told

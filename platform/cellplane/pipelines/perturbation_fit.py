@@ -139,10 +139,16 @@ class Fold:
     def of(
         cls, screen: Screen, pairs: Sequence[Pair], hidden: Sequence[int], config: PerturbationConfig, start: ModelFolder | None
     ) -> Fold:
-        """Fits without these pairs; combinations with a hidden gene are not trained on either."""
+        """Fits without these pairs; combinations with a hidden gene are not trained on either.
+
+        Nor are the controls that tell the hidden pairs' truth: their noise is part of every change that is measured from them,
+        and would be foretold by whoever had learned it.
+        """
         by_name = len({pair.perturbation.name for pair in pairs}) >= 3
         genes = {gene for index in hidden for gene in pairs[index].perturbation.genes} if by_name else set()
         kept = [pair for index, pair in enumerate(pairs) if index not in hidden and not genes & set(pair.perturbation.genes)]
+        asked_groups = {pairs[index].group for index in hidden}
+        kept = [replace(pair, control=halved(pair.control, config.seed)[0]) if pair.group in asked_groups else pair for pair in kept]
         nothing = np.zeros((0, len(screen.genes.labels)))
         names = [pairs[index].perturbation.name for index in hidden]
         if not kept:
