@@ -15,6 +15,7 @@ from cellplane.data.sources import write_h5ad
 from cellplane.errors import ConfigError, DataError
 from cellplane.pipelines.annotation_evaluation import run_annotation_protocol
 from cellplane.pipelines.annotation_protocol import Trial, _fitted, _shuffled, arms_of, random_weights, splits_of, study_of
+from cellplane.pipelines.config import AnnotationConfig
 from cellplane.pipelines.protocol_config import AnnotationProtocol, EvaluatedData
 from tests.pipelines.conftest import NOBODY, RECIPE
 
@@ -119,6 +120,13 @@ def test_a_data_set_may_have_smaller_sentences_than_the_recipe(tissue):
     one = trial(tissue, asked={**TISSUE, "max_cells": 33})
     sizes = [_fitted(of, of.train, protocol().recipe, None).folder_.max_cells for of in (one, trial(tissue))]
     assert sizes == [33, QUICK["max_cells"]]
+
+
+def test_validation_in_blocks_knows_places_where_there_is_tissue_and_is_random_elsewhere(tissue, cells):
+    recipe = AnnotationConfig.model_validate({**QUICK, "validation": "blocks"})
+    flat = trial(cells, asked={"path": "none", "keys": {"labels_key": "cell_type", "batch_key": "batch"}})
+    told = [_fitted(of, of.train, recipe, None).config for of in (trial(tissue), flat)]
+    assert [(one.validation, one.keys.spatial_key) for one in told] == [("blocks", "spatial"), ("random", None)]
 
 
 def test_shuffled_cells_take_one_anothers_places(tissue):

@@ -271,10 +271,11 @@ def _fitted(
 ) -> CellTypeAnnotationPipeline:
     keys = trial.study.asked.keys
     own = keys.batch_key if batch_key is None else batch_key
-    changes = {"batch_key": own, "spatial_key": keys.spatial_key if spatial else None}
+    validation = recipe.validation if keys.spatial_key is not None else "random"  # blocks where there is tissue
+    changes = {"batch_key": own, "spatial_key": keys.spatial_key if spatial or validation == "blocks" else None}
     size = trial.study.asked.max_cells or recipe.max_cells
     steps = recipe.optimizer if recipe.transfer.learn == "head" else trial.study.asked.optimizer or recipe.optimizer
-    told = {"seed": trial.seed, "max_cells": size, "optimizer": steps, "keys": keys.model_copy(update=changes)}
+    told = {"seed": trial.seed, "max_cells": size, "optimizer": steps, "keys": keys.model_copy(update=changes), "validation": validation}
     asked = recipe.model_copy(update=told)
     return CellTypeAnnotationPipeline(base, asked).fit(train)
 
