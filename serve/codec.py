@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 from cellplane.client import ARROW_TYPE, GENE_IDS, N_ROWS, REQUEST_COLUMNS, read_metadata, write_stream
 from cellplane.data.naming import to_vocabulary
 from cellplane.data.sentences import CellTable, MemoryStore, contexts
+from cellplane.data.sources import count_share
 from cellplane.genes import GeneAlignment
 
 from .bodies import MOST_TOLD, NumberRows, Strict, Strings, refuse_crowded
@@ -384,7 +385,7 @@ def _coordinates(columns: Columns) -> NDArray[np.float32] | None:
 Align = Callable[[tuple[str, ...]], GeneAlignment]
 
 
-def to_store(cells: Cells, align: Align, max_cells: int) -> tuple[MemoryStore, dict[str, int | float], list[str]]:
+def to_store(cells: Cells, align: Align, max_cells: int) -> tuple[MemoryStore, dict[str, int | float | None], list[str]]:
     """The cells over the model's vocabulary as sentences of their own, the gene report, and warnings worth reading.
 
     ``align`` finds genes in the vocabulary and may remember them. Entries of one gene in one cell are summed. Raises
@@ -409,7 +410,8 @@ def to_store(cells: Cells, align: Align, max_cells: int) -> tuple[MemoryStore, d
         warnings.append(f"{empty} cells have no counts in the model's genes; their answers rest on the cells around them alone")
     if largest := max((len(rows) for rows in sentences if len(rows) > max_cells), default=0):
         warnings.append(f"a sentence has {largest} cells, the model was trained with up to {max_cells}")
-    return MemoryStore(table, sentences), alignment.report(), warnings
+    carried = count_share(float(rows.data.sum(dtype=np.float64)), float(matrix.data.sum(dtype=np.float64)))
+    return MemoryStore(table, sentences), {**alignment.report(), "count_share": carried}, warnings
 
 
 Values = NDArray[Any]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cellplane.data.sentences import CellTable, MemoryStore, memory_store
 from cellplane.errors import ConfigError, DataError, IntegrityError, VocabularyError
+from cellplane.genes import gene_warnings
 from cellplane.inference import Predictor
 from cellplane.model.config import Precision
 from cellplane.pipelines.golden import check_golden, golden_answers
@@ -100,6 +101,8 @@ class ModelReplica:
         if cells.role is not None and task != "impute":
             raise refuse(422, f"column 'role' says which cells are an imputation's reference; leave it out to {task}")
         store, genes, warnings = await asyncio.to_thread(to_store, cells, self.loaded.align, self.loaded.max_cells)
+        if task != "impute":  # whose query never measured all genes of the model
+            warnings += gene_warnings(genes, len(folder.vocabulary))
         prepared = await asyncio.to_thread(self._prepare, store, question)
         answers = await self._packer(prepared.computation, prepared.store)
         columns, told = await asyncio.to_thread(self._worded, prepared, question, answers)

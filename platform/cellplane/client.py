@@ -25,7 +25,7 @@ from cellplane.data.config import DataKeys
 from cellplane.data.sources import AnnData, cell_table, query_keys
 from cellplane.errors import ConfigError, ServiceError
 from cellplane.genes import GeneVocabulary, gene_warnings
-from cellplane.results import with_warnings, write_embedding
+from cellplane.results import WARNINGS, with_warnings, write_embedding
 from cellplane.served import Columns, served_imputation, served_perturbation, storable, write_served_annotation, write_served_rates
 from cellplane.served import ServedAnnotation as ServedAnnotation
 from cellplane.wire import ARROW_TYPE as ARROW_TYPE
@@ -251,7 +251,8 @@ class Client:
             progress(done, n)
         log.info("%d cells answered by %s version %s", n, about["model"], about["version"])
         if task != "impute":  # whose query never measured all genes of the model
-            about = with_warnings(about, gene_warnings(asked.cells.report, len(asked.cells.vocabulary)))
+            few = gene_warnings(asked.cells.report, len(asked.cells.vocabulary))
+            about = with_warnings(about, [sentence for sentence in few if sentence not in about[WARNINGS]])
         return columns, about
 
     def _ask_once(self, asked: _Asked, task: str, part: Sequence[int]) -> tuple[Columns, dict[str, Any], NDArray[np.int64]]:

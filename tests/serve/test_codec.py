@@ -116,6 +116,7 @@ def test_repeated_genes_of_a_cell_are_summed_and_empty_cells_flagged() -> None:
     assert store.table.gene.tolist() == [3, 1]
     assert store.table.value.tolist() == [6, 2]
     assert report["overlap"] == 1.0
+    assert report["count_share"] == 1.0
     assert any(warning.startswith("1 cells have no counts") for warning in warnings)
 
 

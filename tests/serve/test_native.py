@@ -84,6 +84,18 @@ def test_an_all_zero_cell_gets_finite_numbers_and_a_warning(ask: Ask) -> None:
     assert "1 cells have no counts" in answer["warnings"][0]
 
 
+def test_few_of_the_models_genes_give_a_warning(ask: Ask, predictor: Predictor) -> None:
+    known = predictor.folder.vocabulary.gene_ids
+    some = {"gene_ids": [*known[:12], "elsewhere"], "gene": [[1, 12]], "count": [[3, 37]]}
+    answer = ask("POST", "/v1/models/tiny/embed", json.dumps(some).encode(), {"content-type": JSON_TYPE}).json()
+    assert answer["warnings"] == [
+        f"12 of the model's {len(known)} genes were measured here: answers rest on few genes",
+        "genes that the model knows carry 7.5% of the counts: answers rest on a small part of what was measured",
+    ]
+    every = {"gene_ids": list(known), "gene": [[1]], "count": [[3]]}
+    assert ask("POST", "/v1/models/tiny/embed", json.dumps(every).encode(), {"content-type": JSON_TYPE}).json()["warnings"] == []
+
+
 def test_discovery_says_what_is_served(ask: Ask, predictor: Predictor) -> None:
     assert ask("GET", "/v2/health/live").json() == {"live": True}
     assert ask("GET", "/v2/health/ready").json() == {"ready": True}
