@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from cellplane.model.cellplm import new_model
 from cellplane.model.config import ModelConfig
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.pipelines.baselines import log_counts, log_cp10k
-from cellplane.pipelines.components import begin_at_components
+from cellplane.pipelines.components import begin_at_components, main_directions
 from tests.pipelines.conftest import RECIPE
 
 
@@ -65,3 +67,23 @@ def test_an_annotator_begins_there_when_it_is_asked_to_and_has_no_base(training,
     assert begun[:, 20:].abs().max() < 1e-3 < begun[:, :20].abs().mean()
     same = [CellTypeAnnotationPipeline(base_model, {**one, "gene_start": start}).fit(training) for start in ("components", "random")]
     assert np.array_equal(*(pipeline.predict_proba(query) for pipeline in same)), "a base brings its own gene vectors"
+
+
+def test_main_directions_are_orthogonal_and_as_long_as_the_cells_are_spread(table, training):
+    found = main_directions(table, 10)
+    totals = np.asarray(training.X.sum(1))
+    logs = np.log1p(training.X.toarray() * np.median(totals[totals > 0]) / np.maximum(totals, 1))
+    expected = PCA(10, svd_solver="full").fit(logs)
+    lengths = np.linalg.norm(found, axis=0)
+    assert lengths == pytest.approx(np.sqrt(expected.explained_variance_), rel=1e-4)
+    assert np.abs((found / lengths).T @ expected.components_.T).max(axis=1)[:4] == pytest.approx(1, abs=1e-3)
+    np.testing.assert_array_equal(found, main_directions(table, 10))
+
+
+def test_cells_too_few_or_all_alike_have_no_directions(table):
+    assert main_directions(table, 100).shape == (150, 100)
+    assert main_directions(table.rows(np.arange(8)), 100).shape == (150, 7)
+    assert main_directions(table.rows(np.arange(1)), 100).shape == (150, 0)
+    assert main_directions(table.rows(np.zeros(5, dtype=np.int64)), 100).shape == (150, 0)
+    silent = replace(table, crow=np.zeros_like(table.crow), gene=table.gene[:0], value=table.value[:0])
+    assert main_directions(silent, 100).shape == (150, 0)

@@ -21,8 +21,10 @@ from cellplane.errors import ConfigError, DataError
 from cellplane.inference import BatchedStore, Predictor
 from cellplane.model.cellplm import new_model
 from cellplane.model.masking import mask_genes
+from cellplane.pipelines import denoising
 from cellplane.pipelines.annotation import CellTypeAnnotationPipeline
 from cellplane.pipelines.base import NotFittedError
+from cellplane.pipelines.components import main_directions
 from cellplane.pipelines.config import DenoisingConfig
 from cellplane.pipelines.denoising import Cells, Denoiser, DenoisingPipeline
 from tests.pipelines.conftest import RECIPE
@@ -54,6 +56,22 @@ def test_it_learns_to_recover_hidden_counts(denoiser):
     looks = [row["val/nb_hidden"] for row in denoiser.history_ if "val/nb_hidden" in row]
     assert looks[-1] < 0.93 * looks[0]  # the first look already knows the average cell
     assert int(denoiser.folder_.lineage["best_step"]) > 10
+
+
+def test_it_begins_at_the_main_directions_of_the_cells_it_learns_from(training, monkeypatch):
+    seen = []
+    learn = denoising.finetune
+
+    def watched(denoiser, *given):
+        seen.append((denoiser.decoder.mean.weight.detach().clone(), given[0].store.store.table))
+        return learn(denoiser, *given)
+
+    monkeypatch.setattr(denoising, "finetune", watched)
+    DenoisingPipeline(config=SHORT).fit(training)
+    ((weights, table),) = seen
+    assert table.n_cells == round(0.9 * training.n_obs)  # those that validate tell nothing
+    expected = denoising.SPREAD * main_directions(table, 16)
+    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-6)
 
 
 def test_rates_are_shares_of_ten_thousand_that_follow_the_cells(denoiser, query):
@@ -178,7 +196,8 @@ def base_with_batches(base_model: ModelFolder) -> ModelFolder:
 
 def test_new_batches_begin_as_the_mean_of_the_base_models(base_with_batches, training):
     pipeline = DenoisingPipeline(base_with_batches, config={"keys": {"batch_key": "batch"}})
-    network = pipeline._network(Cells.of(training, base_with_batches, pipeline.config), pipeline.config)
+    cells = Cells.of(training, base_with_batches, pipeline.config)
+    network = pipeline._network(cells, cells.table, pipeline.config)
     expected = base_with_batches.weights["decoder.batch.table"].mean(0)
     assert network.decoder.batch.table.shape[0] == 2
     torch.testing.assert_close(network.decoder.batch.table, expected.expand(2, -1))

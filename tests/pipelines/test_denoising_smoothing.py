@@ -36,7 +36,7 @@ def table(cells: AnnData) -> CellTable:
 def folder(cells: AnnData, table: CellTable) -> ModelFolder:
     """A denoiser that learned nothing but the average cell."""
     config = replace(TINY, n_genes=cells.n_vars, n_batches=0, n_datasets=0, latent="ae")
-    network = begun_at(new_model(config, 0), gene_shares(table))
+    network = begun_at(new_model(config, 0), gene_shares(table), np.zeros((cells.n_vars, 0)))
     vocabulary = GeneVocabulary.from_ids(cells.var_names)
     return ModelFolder(config=config, weights=network.state_dict(), vocabulary=vocabulary, task="denoise", max_cells=100)
 
