@@ -240,8 +240,8 @@ def test_configuration_may_be_a_dictionary_as_in_the_released_code(training, que
     ("config", "message"),
     [
         ({"optimiser": {"steps": 5}}, "did you mean 'optimizer'"),
-        ({"optimizer": {"step": 5}}, "did you mean 'steps'"),
-        ({"model": {"widht": 8}}, "did you mean 'width'"),
+        ({"optimizer": {"step": 5}}, "did you mean 'optimizer.steps'"),
+        ({"model": {"widht": 8}}, "did you mean 'model.width'"),
         ({"optimizer": {"steps": 0}}, r"optimizer\.steps"),
         ({"model": {"width": 30, "n_heads": 4}}, "multiple"),
     ],
@@ -380,3 +380,54 @@ def test_a_base_that_knows_few_of_the_counts_is_warned_of(training, tmp_path, ca
     caplog.clear()
     CellTypeAnnotationPipeline(few, {**recipe, "new_genes": "add"}).fit(training)
     assert "left out" not in caplog.text
+
+
+def partly(training, hidden: int, **obs):
+    """The training cells, the first of whom have no label."""
+    data = training.copy()
+    data.obs["cell_type"] = [None if row < hidden else label for row, label in enumerate(map(str, training.obs["cell_type"]))]
+    return data
+
+
+def test_cells_without_a_label_may_be_company_in_the_training_sentences(training, query, monkeypatch):
+    seen = []
+    learn = CellTypeAnnotationPipeline._learn
+
+    def watched(self, network, stores, course):
+        seen.append(stores)
+        return learn(self, network, stores, course)
+
+    monkeypatch.setattr(CellTypeAnnotationPipeline, "_learn", watched)
+    data, told = partly(training, 60), {**RECIPE, "unlabelled": "company", "linear": True, "unknown": {"space": "z"}}
+    pipeline = CellTypeAnnotationPipeline(config=told).fit(data)
+    ((store, validation),) = seen
+    labels = store.table.labels
+    assert (labels < 0).sum() == 60
+    assert (validation.table.labels >= 0).all()
+    assert store.table.n_cells + validation.table.n_cells == training.n_obs
+    assert pipeline.folder_.lineage["mode"] == "transductive: 60 cells without a label in the training sentences"
+    assert pipeline.folder_.lineage["training_cells"] == str(training.n_obs - 60)
+    assert pipeline.score(query)["accuracy"] > 0.5
+    assert pipeline.predict(data).shape == (training.n_obs,)
+    alone = CellTypeAnnotationPipeline(config=RECIPE).fit(data)
+    assert "mode" not in alone.folder_.lineage
+    assert (seen[-1][0].table.labels >= 0).all()
+
+
+def test_labels_that_nobody_has_change_nothing_when_they_are_company(training):
+    """What a cell without a label is called reaches no weight: neither the loss nor the validation cells know it."""
+    told = {**RECIPE, "optimizer": {"steps": 3, "warmup_steps": 1}, "unlabelled": "company"}
+    one = CellTypeAnnotationPipeline(config=told).fit(partly(training, 60)).folder_.weights
+    again = partly(training, 60)
+    again.obs["truth"] = np.random.default_rng(0).permutation(training.obs["cell_type"].to_numpy())
+    other = CellTypeAnnotationPipeline(config=told).fit(again).folder_.weights
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_a_sample_without_any_label_is_no_company(training):
+    data = partly(training, 60)
+    data.obs["sample"] = ["new" if row < 60 else "old" for row in range(training.n_obs)]
+    keys = {"labels_key": "cell_type", "batch_key": "sample"}
+    told = {**RECIPE, "optimizer": {"steps": 3, "warmup_steps": 1}, "keys": keys}
+    one, other = (CellTypeAnnotationPipeline(config={**told, "unlabelled": mode}).fit(data).folder_ for mode in ("leave_out", "company"))
+    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())

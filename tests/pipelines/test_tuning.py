@@ -173,7 +173,7 @@ def test_smaller_may_be_better(at_home, tmp_path):
     ("changes", "message"),
     [
         ({"space": {}}, "space is empty"),
-        ({"space": {"optimizer.stpes": {"choices": [1]}}}, "did you mean 'steps'"),
+        ({"space": {"optimizer.stpes": {"choices": [1]}}}, "did you mean 'optimizer.steps'"),
         ({"space": {"optimizer.lr": {"choices": [-1.0]}}}, r"optimizer\.lr"),
         ({"task": "cook"}, "no task 'cook'; there are annotate, denoise"),
         ({"base": "nowhere"}, "none of that name is shipped for finetune"),

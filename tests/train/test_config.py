@@ -65,7 +65,7 @@ def test_a_run_takes_a_shipped_model_by_name(path):
 
 
 def test_an_unknown_key_of_a_run_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"optimizer\.stpes.*did you mean 'steps'"):
+    with pytest.raises(ConfigError, match=r"optimizer\.stpes.*did you mean 'optimizer.steps'"):
         load_config(PretrainConfig, "demo", "pretrain", ["optimizer.stpes=7"])
 
 

@@ -129,11 +129,7 @@ class CellTypeAnnotationPipeline(Estimator):
         if table.labels is None:
             raise DataError(f"no labels were read from obs[{keys.labels_key!r}]")
         warn_of_left_out(report, self.base)
-        known = np.flatnonzero(table.labels >= 0)
-        if len(known) < table.n_cells:
-            missing = table.n_cells - len(known)
-            log.warning("%d of %d cells have no label in obs[%r] and are left out", missing, table.n_cells, keys.labels_key)
-        table, sizes = counted_cells(table.rows(known)), (len(vocabulary), len(classes))
+        table, sizes = counted_cells(self._usable(table)), (len(vocabulary), len(classes))
         stores = self._split(table)
         network = self._begun(start, stores[0].table, sizes)
         best = untrained(network) if self._votes else self._learn(network, stores, Course(progress, keeping))
@@ -147,13 +143,13 @@ class CellTypeAnnotationPipeline(Estimator):
             task="annotate",
             max_cells=self._told.max_cells,
             classes=classes,
-            lineage=self._lineage(best, table.n_cells, report)
+            lineage=self._lineage(best, table, report)
             | ({"label_type": kind} if kind in LABEL_TYPES else {})
             | ({} if warned is None else {WARNINGS: warned}),
         )
         members = pack_members(others)
         answering = folder if common is None else replace(folder, attachments=members)  # else the others know the validation cells
-        judgement = judged(answering, stores, self._told).attachments
+        judgement = judged(answering, (with_labels(stores[0]), stores[1]), self._told).attachments
         self._answer_with(replace(folder, attachments={**judgement, **members}), self._told)
         return self
 
@@ -235,28 +231,50 @@ class CellTypeAnnotationPipeline(Estimator):
     def _votes(self) -> bool:
         return self._told.method == "neighbours"
 
-    def _split(self, table: CellTable) -> Split:
-        """Training and validation cells, each with sentences of their own; DataError when nobody is left to validate with."""
+    def _usable(self, table: CellTable) -> CellTable:
+        """The labelled cells, and where they are wanted as company the others too; says how many have no label."""
         assert table.labels is not None
-        share, seed = self._told.validation_share, self._told.seed
-        if self._told.validation == "blocks":
-            nowhere = np.full((table.n_cells, 2), np.nan, dtype=np.float32)
-            places = nowhere if table.coordinates is None else table.coordinates
-            kept, held_out = block_validation(places, table.batch, table.labels, share, seed)
-        else:
-            kept, held_out = stratified_split(table.labels, share, seed)
+        known = np.flatnonzero(table.labels >= 0)
+        if len(known) == table.n_cells:
+            return table
+        company = self._told.unlabelled == "company" and not self._votes
+        told = "and are read as company of the others (transductive)" if company else "and are left out"
+        missing, key = table.n_cells - len(known), self._told.keys.labels_key
+        log.warning("%d of %d cells have no label in obs[%r] %s", missing, table.n_cells, key, told)
+        return table if company else table.rows(known)
+
+    def _split(self, table: CellTable) -> Split:
+        """Training and validation cells, each with sentences of their own; cells without a label are with the training cells.
+
+        DataError when nobody is left to validate with.
+        """
+        assert table.labels is not None
+        known = np.flatnonzero(table.labels >= 0)
+        _, held_out = self._validation(table.rows(known))
         if len(held_out) == 0:
             raise DataError(
-                f"a validation_share of {share} holds out none of {table.n_cells} labelled cells, but some must "
+                f"a validation_share of {self._told.validation_share} holds out none of {len(known)} labelled cells, but some must "
                 "choose the best step; raise it, or label more cells of each type"
             )
-        training, validation = table.rows(kept), table.rows(held_out)
+        validation = table.rows(known[held_out])
+        training = table.rows(np.setdiff1d(np.arange(table.n_cells), known[held_out]))
         most, config = self._told.max_cells, self._told.model if self.base is None else self.base.config
         if not config.reads_places or table.coordinates is None:
-            return memory_store(training, most), memory_store(validation, most)
+            return with_some_label(memory_store(training, most)), memory_store(validation, most)
         if self._told.transfer.learn == "head" or most < 2:  # a probe reads plain sentences
-            return near_store(training, most), near_store(validation, most)
-        return near_store(training, most), store_beside(validation, training, most)[0]  # as dense as the tissue that will be asked about
+            return with_some_label(near_store(training, most)), near_store(validation, most)
+        return with_some_label(near_store(training, most)), store_beside(validation, training, most)[
+            0
+        ]  # as dense as the tissue that will be asked about
+
+    def _validation(self, table: CellTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of labelled cells to learn from, and to validate with."""
+        assert table.labels is not None
+        share, seed = self._told.validation_share, self._told.seed
+        if self._told.validation == "random":
+            return stratified_split(table.labels, share, seed)
+        nowhere = np.full((table.n_cells, 2), np.nan, dtype=np.float32)
+        return block_validation(nowhere if table.coordinates is None else table.coordinates, table.batch, table.labels, share, seed)
 
     def _begun(self, start: ModelFolder | None, table: CellTable, sizes: tuple[int, int]) -> CellPLM:
         """The network as training finds it; ``sizes`` = (genes, classes)."""
@@ -295,7 +313,7 @@ class CellTypeAnnotationPipeline(Estimator):
         plan = StepPlan(training.sizes, PlanConfig(seed=config.seed, cells_per_micro_batch=config.max_cells, micro_batches_per_step=1))
         if config.transfer.learn == "head":
             return self._probe(network, stores, plan, course)
-        objective = MaskedObjective(training, config.masking, sentence_weights=training.sizes.astype(np.float64))
+        objective = MaskedObjective(training, config.masking, sentence_weights=labelled_cells(training))
         seen = ValidationCells(network, labelled(validation))
         return finetune(network, objective, plan, config, seen, course)
 
@@ -308,11 +326,14 @@ class CellTypeAnnotationPipeline(Estimator):
         everything = self._told.model_copy(update={"transfer": TransferConfig()})
         return finetune(probe, ProbeObjective(training), plan, everything, ValidationCells(probe, batch), course)
 
-    def _lineage(self, best: Best, cells: int, report: Mapping[str, Any]) -> dict[str, str]:
+    def _lineage(self, best: Best, table: CellTable, report: Mapping[str, Any]) -> dict[str, str]:
+        assert table.labels is not None
+        company = int((table.labels < 0).sum())
         return {
+            **({"mode": f"transductive: {company} cells without a label in the training sentences"} if company else {}),
             "base_model": base_name(self.base),
             "labels_key": str(self._told.keys.labels_key),
-            "training_cells": str(cells),
+            "training_cells": str(table.n_cells - company),
             "counts": str(report.get("count_source", "")),
             "config_sha256": fingerprint(self._told),
             "best_step": str(best.step),
@@ -352,6 +373,30 @@ def labelled(store: Store) -> CellBatch:
     assert store.table.labels is not None
     row = batch.row
     return replace(batch, labels=torch.where(row == READ_ONLY, -1, torch.from_numpy(store.table.labels)[row.clamp(min=0)]))
+
+
+def labelled_cells(store: MemoryStore) -> NDArray[np.float64]:
+    """How many cells of every sentence have a label, [S]."""
+    assert store.table.labels is not None
+    return np.array([float((store.table.labels[rows] >= 0).sum()) for rows in store.sentences])
+
+
+def with_some_label(store: MemoryStore) -> MemoryStore:
+    """The store without sentences that have no labelled cell, which teach nothing; itself where there is none."""
+    kept = [rows for rows, known in zip(store.sentences, labelled_cells(store), strict=True) if known]
+    return store if len(kept) == len(store.sentences) else MemoryStore(store.table, kept)
+
+
+def with_labels(store: MemoryStore) -> MemoryStore:
+    """The store without cells that are only there as company; itself where there is none."""
+    assert store.table.labels is not None
+    known = np.flatnonzero(store.table.labels >= 0)
+    if len(known) == store.table.n_cells:
+        return store
+    place = np.full(store.table.n_cells, -1)
+    place[known] = np.arange(len(known))
+    sentences = [place[rows][place[rows] >= 0] for rows in store.sentences]
+    return MemoryStore(store.table.rows(known), [rows for rows in sentences if len(rows)])
 
 
 def warn_of_left_out(report: Mapping[str, Any], base: ModelFolder | None) -> None:

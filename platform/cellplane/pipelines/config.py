@@ -94,6 +94,9 @@ class AnnotationConfig(FitConfig):
     """Share of the TRAINING cells that choose the best step, calibrate and set the threshold; see validation."""
     validation: Literal["random", "blocks"] = "random"
     """Which those are: the same share of every label at random, or whole tiles of tissue (needs keys.spatial_key), 64 a sample."""
+    unlabelled: Literal["leave_out", "company"] = "leave_out"
+    """Cells of the data without a label: left out (inductive), or in the training sentences as company whose types nobody tells
+    (transductive): the network learns among the cells that it will be asked about."""
     method: Literal["network", "neighbours"] = "network"
     """Fine-tune the network, or train nothing: label transfer by the nearest training cells in the base model's embedding."""
     voting: VotingConfig = VotingConfig()

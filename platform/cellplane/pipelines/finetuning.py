@@ -53,7 +53,7 @@ NOT_THE_MODEL = ("checkpoint", "device")  # keys of every job that say how it is
 # Keys that came later, with what earlier versions did: a finished run of theirs is still found
 _ANSWERS = (  # of an annotator
     *("method", "voting", "calibrate", "unknown", "hierarchy", "hierarchy_file"),
-    *("gene_start", "components", "members", "linear", "validation"),
+    *("gene_start", "components", "members", "linear", "validation", "unlabelled"),
 )
 LATER: dict[str, Any] = {
     "transfer": to_plain(TransferConfig()),
