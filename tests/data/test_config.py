@@ -25,7 +25,7 @@ def test_the_default_file_shows_every_key_with_its_default():
     ("override", "said"),
     [
         ("max_cell=3", "did you mean 'max_cells'"),
-        ("keys.batchkey=a", "did you mean 'batch_key'"),
+        ("keys.batchkey=a", "did you mean 'keys.batch_key'"),
         ("max_cells=0", "max_cells"),
         ("inputs=[]", "inputs"),
         ("inputs=[a.h5ad,a.h5ad]", "stands in the list twice"),
