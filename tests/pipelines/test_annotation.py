@@ -428,6 +428,15 @@ def test_a_sample_without_any_label_is_no_company(training):
     data = partly(training, 60)
     data.obs["sample"] = ["new" if row < 60 else "old" for row in range(training.n_obs)]
     keys = {"labels_key": "cell_type", "batch_key": "sample"}
-    told = {**RECIPE, "optimizer": {"steps": 3, "warmup_steps": 1}, "keys": keys}
+    told = {**RECIPE, "optimizer": {"steps": 3, "warmup_steps": 1}, "keys": keys, "gene_start": "components", "components": 8}
     one, other = (CellTypeAnnotationPipeline(config={**told, "unlabelled": mode}).fit(data).folder_ for mode in ("leave_out", "company"))
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+    assert "mode" not in other.lineage
+    assert other.lineage["training_cells"] == str(training.n_obs - 60)
+
+
+def test_a_probe_reads_unlabelled_cells_as_company_too(training, base_model, query):
+    told = {**RECIPE, "optimizer": {"steps": 5, "warmup_steps": 1}, "transfer": {"learn": "head"}, "unlabelled": "company"}
+    pipeline = CellTypeAnnotationPipeline(base_model, told).fit(partly(training, 60))
+    assert pipeline.folder_.lineage["mode"].startswith("transductive: 60 ")
+    assert np.isfinite(pipeline.predict_proba(query)).all()

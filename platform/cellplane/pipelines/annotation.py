@@ -143,7 +143,7 @@ class CellTypeAnnotationPipeline(Estimator):
             task="annotate",
             max_cells=self._told.max_cells,
             classes=classes,
-            lineage=self._lineage(best, table, report)
+            lineage=self._lineage(best, stores, report)
             | ({"label_type": kind} if kind in LABEL_TYPES else {})
             | ({} if warned is None else {WARNINGS: warned}),
         )
@@ -261,11 +261,10 @@ class CellTypeAnnotationPipeline(Estimator):
         most, config = self._told.max_cells, self._told.model if self.base is None else self.base.config
         if not config.reads_places or table.coordinates is None:
             return with_some_label(memory_store(training, most)), memory_store(validation, most)
+        learned = with_some_label(near_store(training, most))
         if self._told.transfer.learn == "head" or most < 2:  # a probe reads plain sentences
-            return with_some_label(near_store(training, most)), near_store(validation, most)
-        return with_some_label(near_store(training, most)), store_beside(validation, training, most)[
-            0
-        ]  # as dense as the tissue that will be asked about
+            return learned, near_store(validation, most)
+        return learned, store_beside(validation, training, most)[0]  # as dense as the tissue that will be asked about
 
     def _validation(self, table: CellTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of labelled cells to learn from, and to validate with."""
@@ -326,14 +325,14 @@ class CellTypeAnnotationPipeline(Estimator):
         everything = self._told.model_copy(update={"transfer": TransferConfig()})
         return finetune(probe, ProbeObjective(training), plan, everything, ValidationCells(probe, batch), course)
 
-    def _lineage(self, best: Best, table: CellTable, report: Mapping[str, Any]) -> dict[str, str]:
-        assert table.labels is not None
-        company = int((table.labels < 0).sum())
+    def _lineage(self, best: Best, stores: Split, report: Mapping[str, Any]) -> dict[str, str]:
+        learned = [with_labels(stores[0]).table.n_cells, stores[1].table.n_cells]
+        company = stores[0].table.n_cells - learned[0]
         return {
             **({"mode": f"transductive: {company} cells without a label in the training sentences"} if company else {}),
             "base_model": base_name(self.base),
             "labels_key": str(self._told.keys.labels_key),
-            "training_cells": str(table.n_cells - company),
+            "training_cells": str(sum(learned)),
             "counts": str(report.get("count_source", "")),
             "config_sha256": fingerprint(self._told),
             "best_step": str(best.step),
@@ -382,21 +381,25 @@ def labelled_cells(store: MemoryStore) -> NDArray[np.float64]:
 
 
 def with_some_label(store: MemoryStore) -> MemoryStore:
-    """The store without sentences that have no labelled cell, which teach nothing; itself where there is none."""
+    """The store without sentences that have no labelled cell, which teach nothing, and without their cells."""
     kept = [rows for rows, known in zip(store.sentences, labelled_cells(store), strict=True) if known]
-    return store if len(kept) == len(store.sentences) else MemoryStore(store.table, kept)
+    return only(store, np.sort(np.concatenate(kept)))
 
 
 def with_labels(store: MemoryStore) -> MemoryStore:
-    """The store without cells that are only there as company; itself where there is none."""
+    """The store without cells that are only there as company."""
     assert store.table.labels is not None
-    known = np.flatnonzero(store.table.labels >= 0)
-    if len(known) == store.table.n_cells:
+    return only(store, np.flatnonzero(store.table.labels >= 0))
+
+
+def only(store: MemoryStore, kept: NDArray[np.int64]) -> MemoryStore:
+    """The store with these of its cells alone, in their sentences; itself where they are all."""
+    if len(kept) == store.table.n_cells:
         return store
     place = np.full(store.table.n_cells, -1)
-    place[known] = np.arange(len(known))
+    place[kept] = np.arange(len(kept))
     sentences = [place[rows][place[rows] >= 0] for rows in store.sentences]
-    return MemoryStore(store.table.rows(known), [rows for rows in sentences if len(rows)])
+    return MemoryStore(store.table.rows(kept), [rows for rows in sentences if len(rows)])
 
 
 def warn_of_left_out(report: Mapping[str, Any], base: ModelFolder | None) -> None:
