@@ -229,3 +229,13 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_work_refused_at_once_leaves_a_database_that_works(tmp_path, monkeypatch):
+    """Its tables are made while the refusal goes out: half of them would be in the way of every later run."""
+    monkeypatch.setattr(runs, "NOTHING_TO_TELL_S", 0.0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(ZeroDivisionError), MetricPump(SPEC, uri, Journal(tmp_path / "metrics.jsonl")) as pump:
+        _ = 1 / 0
+    assert not pump._thread.is_alive()
+    assert TrackedRun.open(SPEC, uri).run_id

@@ -350,11 +350,12 @@ class MetricPump:
     def close(self, status: str | None = None, timeout_s: float = 30.0) -> bool:
         """Replay the rest, end the run with ``status`` (None leaves it running) and stop; False when not all was delivered.
 
-        Waits ``timeout_s`` at most, and hardly at all where nothing was measured and no run was opened. What is missing
-        stays in the journal, and a later replay delivers it.
+        Waits ``timeout_s`` at most, and hardly at all where nothing was measured and no run was opened, except for a database in
+        a file: its tables may just be made, and half of them would be in the way of every later run. What is missing stays in
+        the journal, and a later replay delivers it.
         """
         nothing = self.run is None and not any(True for _ in self.journal.rows())
-        timeout_s = min(timeout_s, NOTHING_TO_TELL_S) if nothing else timeout_s
+        timeout_s = min(timeout_s, NOTHING_TO_TELL_S) if nothing and not self.uri.startswith("sqlite:") else timeout_s
         self._status, self._deadline = status, time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s)
